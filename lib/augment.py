@@ -1,0 +1,280 @@
+r"""Differentiable siamese augmentation (DSA, Zhao & Bilen 2021, arXiv 2102.08259): $\mathcal A_\omega$.
+
+The random numbers $\omega$ are drawn first (:func:`draw`) and applied afterwards (:func:`apply`), so that *siamese* means nothing
+more than passing the same draw to the real and to the synthetic batch, and a test can pin every parameter. All operations act
+in the normalised pixel space on ``(n, c, h, w)`` with one parameter per row, and are differentiable in the pixels.
+
+Differs from the published code: that code re-seeds the global generator from the clock at every call, so that two classes
+handled in the same millisecond share $\omega$ and no run can be repeated; here the generator is explicit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.errors import unknown
+
+CROP, CUTOUT, SCALE, ROTATE_DEGREES = (
+    0.125,
+    0.5,
+    1.2,
+    15.0,
+)  # published strengths; brightness 1, saturation 2, contrast 0.5
+
+
+# -- the operations, one parameter per row ------------------------------------------------------------------------------
+
+
+def brightness(x: Tensor, u: Tensor) -> Tensor:
+    r"""$x + (u - \tfrac12)$, ``u`` in [0, 1)."""
+    return x + (u - 0.5)[:, None, None, None]
+
+
+def saturation(x: Tensor, u: Tensor) -> Tensor:
+    r"""$(x - \bar x_{ch})\,2u + \bar x_{ch}$ with the mean over channels of every pixel; the identity for one channel."""
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) * (2.0 * u)[:, None, None, None] + mean
+
+
+def contrast(x: Tensor, u: Tensor) -> Tensor:
+    r"""$(x - \bar x)(u + \tfrac12) + \bar x$ with the mean of every image."""
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (x - mean) * (u + 0.5)[:, None, None, None] + mean
+
+
+def color(x: Tensor, u: Tensor) -> Tensor:
+    """Brightness, saturation, contrast in this order; ``u`` is ``(n, 3)``."""
+    return contrast(saturation(brightness(x, u[:, 0]), u[:, 1]), u[:, 2])
+
+
+def crop(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Integer shift, $y[r, q] = x[r + t_r, q + t_c]$, zero outside."""
+    return _shift(_shift(x, rows, 2), cols, 3)
+
+
+def _shift(x: Tensor, offset: Tensor, dim: int) -> Tensor:
+    side = x.shape[dim]
+    source = torch.arange(side, device=x.device) + offset[:, None].long()  # (n, side)
+    shape = [x.shape[0], 1, 1, 1]
+    shape[dim] = side
+    inside = ((source >= 0) & (source < side)).view(shape)
+    index = source.clamp(0, side - 1).view(shape).expand(-1, x.shape[1], *x.shape[2:])
+    return x.gather(dim, index) * inside
+
+
+def cutout(x: Tensor, row_center: Tensor, col_center: Tensor, size: int) -> Tensor:
+    """Zero a box of ``size`` pixels; a box that hangs over the border still zeroes the border row or column, as published."""
+    rows, cols = (
+        _box(center, size, side) for center, side in ((row_center, x.shape[2]), (col_center, x.shape[3]))
+    )
+    return x * ~(rows[:, None, :, None] & cols[:, None, None, :])
+
+
+def _box(center: Tensor, size: int, side: int) -> Tensor:
+    low = center.long() - size // 2
+    line = torch.arange(side, device=center.device)
+    first, last = low.clamp(0, side - 1), (low + size - 1).clamp(0, side - 1)
+    return (line >= first[:, None]) & (line <= last[:, None])  # (n, side)
+
+
+def flip(x: Tensor, u: Tensor) -> Tensor:
+    """Mirror the width axis where ``u < 0.5``."""
+    return torch.where((u < 0.5)[:, None, None, None], x.flip(3), x)
+
+
+def scale(x: Tensor, sx: Tensor, sy: Tensor) -> Tensor:
+    """Affine resampling by ``diag(sx, sy)``: a factor above 1 shrinks the content."""
+    zero = torch.zeros_like(sx)
+    return _warp(x, torch.stack([sx, zero, zero, zero, sy, zero], 1))
+
+
+def rotate(x: Tensor, radians: Tensor) -> Tensor:
+    """Rotation of the sampling grid by the given angles."""
+    zero, c, s = torch.zeros_like(radians), radians.cos(), radians.sin()
+    return _warp(x, torch.stack([c, -s, zero, s, c, zero], 1))
+
+
+def _warp(x: Tensor, theta: Tensor) -> Tensor:
+    grid = F.affine_grid(theta.view(-1, 2, 3).to(x.dtype), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+# -- parameter laws: uniform numbers (n, 3) to the operations above -----------------------------------------------------
+
+
+def _random_crop(x: Tensor, u: Tensor) -> Tensor:
+    rows, cols = (_uniform_int(u[:, i], 2 * reach + 1) - reach for i, reach in enumerate(_reach(x, CROP)))
+    return crop(x, rows, cols)
+
+
+def _random_cutout(x: Tensor, u: Tensor) -> Tensor:
+    # The published code uses one box side per axis; images here are square.
+    size, side = _reach(x, CUTOUT)[0], x.shape[2]
+    centers = (_uniform_int(u[:, i], side + 1 - size % 2) for i in range(2))
+    return cutout(x, *centers, size)
+
+
+def _random_scale(x: Tensor, u: Tensor) -> Tensor:
+    factor = 1 / SCALE + u * (SCALE - 1 / SCALE)
+    return scale(x, factor[:, 0], factor[:, 1])
+
+
+def _reach(x: Tensor, ratio: float) -> tuple[int, int]:
+    return int(x.shape[2] * ratio + 0.5), int(x.shape[3] * ratio + 0.5)
+
+
+def _uniform_int(u: Tensor, n: int) -> Tensor:
+    return (u * n).long().clamp_(max=n - 1)  # float32 u close to 1 may round up to n
+
+
+FAMILIES = {
+    "color": color,
+    "crop": _random_crop,
+    "cutout": _random_cutout,
+    "flip": lambda x, u: flip(x, u[:, 0]),
+    "scale": _random_scale,
+    "rotate": lambda x, u: rotate(x, (2 * u[:, 0] - 1) * math.radians(ROTATE_DEGREES)),
+}
+
+
+# -- drawing and applying -----------------------------------------------------------------------------------------------
+
+MODES = ("single", "multiple", "idc")
+_ALWAYS = ("flip", "color", "cutout")  # of mode idc
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one augmentation, for n rows.
+
+    Attributes:
+        names: the families of the strategy.
+        choice: ``(n,)`` which family is applied, an index into :func:`alternatives`; None in mode ``multiple``.
+        u: ``(n, F, 3)`` uniform numbers in [0, 1); F is 1 in mode ``single``, else one triple per family.
+        mode: ``single``: one family (DSA's default); ``multiple``: all in the listed order; ``idc``: flip and color always,
+            then one of crop, scale and rotate, then cutout, each if listed (IDC, arXiv 2205.14959).
+    """
+
+    names: tuple[str, ...]
+    choice: Tensor | None
+    u: Tensor
+    mode: str = "single"
+
+    def repeat(self, times: int) -> Draw:
+        """Every row ``times`` times in a row: one draw for all the images of a class (siamese)."""
+        choice = None if self.choice is None else self.choice.repeat_interleave(times)
+        return replace(self, choice=choice, u=self.u.repeat_interleave(times, 0))
+
+
+def strategy(text: str) -> tuple[str, ...]:
+    """``"color_crop_flip"`` -> names; ``"none"`` and ``""`` -> no augmentation.
+
+    Raises:
+        CompanionError: an unknown family.
+    """
+    names = tuple(name for name in text.split("_") if name) if text != "none" else ()
+    for name in names:
+        if name not in FAMILIES:
+            raise unknown("augmentation", name, [*FAMILIES, "none"])
+    return names
+
+
+def alternatives(names: tuple[str, ...], mode: str) -> tuple[str, ...]:
+    """The families of which one is drawn."""
+    if mode not in MODES:
+        raise unknown("augmentation mode", mode, MODES)
+    if mode == "multiple":
+        return ()
+    return names if mode == "single" else tuple(name for name in names if name not in _ALWAYS)
+
+
+def draw(
+    names: tuple[str, ...], groups: int, generator: torch.Generator, rows: int = 1, mode: str = "single"
+) -> Draw:
+    r"""Draw $\omega$ for ``groups`` batches: one family per batch, and parameters for each of its ``rows`` images.
+
+    Siamese augmentation draws one row per class (``rows=1``) and repeats it; training draws ``rows`` = batch size.
+    The result has ``groups * rows`` rows, group-major.
+    """
+    device, options, choice = generator.device, alternatives(names, mode), None
+    if options:
+        choice = torch.randint(len(options), (groups,), generator=generator, device=device).repeat_interleave(
+            rows
+        )
+    shape = (groups * rows, 1 if mode == "single" else len(names), 3)
+    return Draw(names, choice, torch.rand(shape, generator=generator, device=device), mode)
+
+
+def apply(x: Tensor, omega: Draw) -> Tensor:
+    r"""$\mathcal A_\omega(x)$ for ``x`` of ``(n, c, h, w)``, row i with row i of the draw."""
+    u, options = omega.u.to(x.dtype), alternatives(omega.names, omega.mode)
+    if omega.mode == "single":
+        return _one_of(options, x, omega.choice, u[:, 0]) if options else x
+    slot = {name: u[:, i] for i, name in enumerate(omega.names)}
+    if omega.mode == "multiple":
+        for name in omega.names:
+            x = FAMILIES[name](x, slot[name])
+        return x
+    for name in ("flip", "color"):
+        x = FAMILIES[name](x, slot[name]) if name in slot else x
+    if options:
+        x = _one_of(options, x, omega.choice, slot[options[0]])
+    return FAMILIES["cutout"](x, slot["cutout"]) if "cutout" in slot else x
+
+
+def _one_of(names: tuple[str, ...], x: Tensor, choice: Tensor, u: Tensor) -> Tensor:
+    return (_dense if x.is_cuda else _by_family)(names, x, choice, u)
+
+
+def _dense(names: tuple[str, ...], x: Tensor, choice: Tensor, u: Tensor) -> Tensor:
+    """Every family on every row, then pick: more arithmetic, but the choices need not reach the host."""
+    y = x
+    for i, name in enumerate(names):
+        y = torch.where((choice == i)[:, None, None, None], FAMILIES[name](x, u), y)
+    return y
+
+
+def _by_family(names: tuple[str, ...], x: Tensor, choice: Tensor, u: Tensor) -> Tensor:
+    """The rows of a family together, each family once."""
+    sizes = torch.bincount(choice, minlength=len(names)).tolist()
+    if max(sizes) == len(x):
+        return FAMILIES[names[sizes.index(len(x))]](x, u)
+    order = torch.argsort(choice, stable=True)
+    parts = [
+        FAMILIES[name](x[rows], u[rows])
+        for name, rows in zip(names, order.split(sizes), strict=True)
+        if len(rows)
+    ]
+    return torch.cat(parts)[torch.argsort(order)]
+
+
+def cutmix(x: Tensor, partner: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    r"""CutMix (arXiv 1905.04899) for K batches: paste a box of a partner image.
+
+    With $\lambda = u_0 \sim \mathrm{Beta}(1,1)$ the box has relative side $\sqrt{1-\lambda}$, a uniform centre $(u_1, u_2)$, and
+    is clipped to the image.
+
+    Args:
+        x: ``(K, n, c, h, w)``; partner: ``(K, n)`` positions in the batch; u: ``(K, 3)``.
+    Returns:
+        the mixed images, and the share r of every batch that kept its own pixels, ``(K,)``; the loss is
+        $r\,\ell(y) + (1-r)\,\ell(y_{partner})$.
+    """
+    sides = x.shape[-2:]
+    half = [((1 - u[:, 0]).sqrt() * side).floor() // 2 for side in sides]  # (K,)
+    masks = []
+    for axis, side in enumerate(sides):
+        center = (u[:, 1 + axis] * side).floor()
+        line = torch.arange(side, device=x.device)
+        masks.append(
+            (line >= (center - half[axis])[:, None]) & (line < (center + half[axis])[:, None])
+        )  # (K, side)
+    box = masks[0][:, :, None] & masks[1][:, None, :]  # (K, h, w)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    mixed = torch.where(box[:, None, None], x[rows, partner], x)
+    return mixed, 1 - box.to(x.dtype).mean((1, 2))

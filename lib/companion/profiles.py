@@ -1,0 +1,92 @@
+"""How much a notebook computes: the same program at laptop scale, colour scale and paper scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lib.errors import CompanionError, choose
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Data, images per class and repetitions of a run.
+
+    Accuracies of a case are spread over ``sets`` distillations with ``networks`` freshly trained networks
+    each, and the random baseline over ``random_draws`` draws: at one image per class single draws differ by
+    ten points.
+    """
+
+    name: str
+    cases: tuple[tuple[str, int], ...]  # (dataset, images per class)
+    sets: int
+    networks: int
+    random_draws: int
+    device: str
+    description: str
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("cpu", (("digits", 1), ("photos16", 10)), 3, 5, 8, "cpu", "about a minute on two cores"),
+        Profile(
+            "photos",
+            (("photos32", 1), ("photos32", 10)),
+            3,
+            5,
+            8,
+            "cpu",
+            "32-pixel colour, minutes on two cores",
+        ),
+        Profile(
+            "paper",
+            (("cifar10", 1), ("cifar10", 10), ("cifar10", 50)),
+            5,
+            20,
+            5,
+            "cuda",
+            "CIFAR-10, on a GPU",
+        ),
+    )
+}
+
+# Images per class for a data set that is asked for by name without any. Digits resolve differences at 1 only,
+# photos at 10.
+DEFAULT_IPCS = {"digits": (1,), "photos16": (10,), "photos32": (1, 10)}
+OTHER_IPCS = (1, 10)
+
+
+def cases_of(
+    profile: Profile, dataset: str | None = None, ipc: int | None = None
+) -> tuple[tuple[str, int], ...]:
+    """The (dataset, images per class) pairs to run: the profile's, unless ``dataset`` or ``ipc`` override
+    them.
+
+    A dataset alone keeps the profile's images per class for it, or takes that dataset's usual ones; images
+    per class alone applies to every dataset of the profile.
+
+    Raises:
+        CompanionError: if ``ipc`` is not a whole number >= 1 or the dataset is unknown.
+    """
+    if ipc is not None and (isinstance(ipc, bool) or not isinstance(ipc, int) or ipc < 1):
+        raise CompanionError(f"ipc (images per class) must be a whole number >= 1, not {ipc!r}")
+    if dataset is not None:
+        check_dataset(dataset)
+    datasets = [dataset] if dataset is not None else list(dict.fromkeys(name for name, _ in profile.cases))
+    cases = []
+    for name in datasets:
+        usual = tuple(n for known, n in profile.cases if known == name) or DEFAULT_IPCS.get(name, OTHER_IPCS)
+        cases += [(name, n) for n in ((ipc,) if ipc is not None else usual)]
+    return tuple(cases)
+
+
+def profile_named(name: str) -> Profile:
+    """The profile of that name, or an error that lists them."""
+    return choose("profile", name, PROFILES)
+
+
+def check_dataset(name: str) -> None:
+    """Refuse a data set that :func:`lib.data.load` would not know, before anything slow starts."""
+    import lib.data
+
+    lib.data.check(name)

@@ -1,0 +1,314 @@
+"""A notebook's run: seeds, device and folders at the start; what it wrote, measured, claimed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.companion import provenance, tables, verdicts
+from lib.companion.allocator import keep_large_blocks
+from lib.companion.profiles import Profile, cases_of, profile_named
+from lib.companion.verdicts import Verdict
+from lib.errors import CompanionError
+from lib.files import ROOT, inside, write_text
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+SVG_LIMIT = (
+    120_000  # bytes; a heavier vector file is a scatter or an image in disguise and the PNG serves better
+)
+STREAMS = 1_000_000  # seeds of different runs never share a generator stream
+
+
+def output_root() -> Path:
+    """Folder that holds ``results/`` and ``figures/``: ``$COMPANION_OUT``, else the project."""
+    return Path(os.environ.get("COMPANION_OUT") or ROOT)
+
+
+def start(
+    notebook: str,
+    *,
+    profile: str = "cpu",
+    seed: int = 0,
+    dataset: str | None = None,
+    ipc: int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    title: str = "",
+    claim: str = "",
+) -> Run:
+    """Prepare the process for a reproducible run and return its :class:`Run`.
+
+    Sets the allocator, seeds ``random``, numpy and torch, fixes the thread count (``threads``, else
+    ``OMP_NUM_THREADS``, else torch's own choice), switches deterministic algorithms on in the ``cpu`` profile
+    and applies the plotting style.
+
+    Args:
+        notebook: file name without suffix, such as ``20_dm``; names the output folders.
+        profile: ``cpu``, ``photos`` or ``paper``.
+        seed: whole number >= 0; every generator of the run derives from it.
+        dataset, ipc: override the profile's cases (see :func:`lib.companion.profiles.cases_of`).
+        device: ``cpu``, ``cuda``, ...; default the profile's.
+        title, claim: heading and one-line claim of the gallery card.
+
+    Raises:
+        CompanionError: for a wrong value of any argument, in one line that lists what is allowed.
+    """
+    from lib.companion.style import use_style
+    from lib.device import resolve_device
+
+    chosen = profile_named(profile)
+    _whole("seed", seed, 0)
+    if threads is not None:
+        _whole("threads", threads, 1)
+    if not NAME.fullmatch(notebook):
+        raise CompanionError(f"a notebook's name is its file name without suffix, not {notebook!r}")
+    cases = cases_of(chosen, dataset, ipc)
+    where = resolve_device(device or chosen.device)
+
+    keep_large_blocks()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(chosen.name == "cpu" and where.type == "cpu")
+    # Filling fresh memory guards against reading it uninitialised; it decides no result and costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    use_style()
+    tables.use_display()
+    given = {"profile": profile, "seed": seed, "dataset": dataset, "ipc": ipc, "device": device}
+    return Run(notebook, chosen, seed, cases, where, parameters=given, title=title, claim=claim)
+
+
+def _whole(kind: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CompanionError(f"{kind} must be a whole number >= {least}, not {value!r}")
+
+
+@dataclass(eq=False)
+class Run:
+    """What a notebook reads (profile, cases, device, folders) and the only way by which it writes."""
+
+    notebook: str
+    profile: Profile
+    seed: int
+    cases: tuple[tuple[str, int], ...]
+    device: torch.device
+    parameters: dict = field(default_factory=dict)
+    title: str = ""
+    claim: str = ""
+    name: str = ""  # of the run: $COMPANION_RUN, else the profile's
+    config: dict = field(default_factory=dict)
+    stages: dict = field(default_factory=dict)
+    judged: list[Verdict] = field(default_factory=list)
+    headlines: dict = field(default_factory=dict)
+    saved: dict = field(default_factory=lambda: {"figures": {}, "tables": {}, "sets": {}})
+    started: float = field(default_factory=time.perf_counter)
+    git: dict = field(default_factory=provenance.git_state)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or os.environ.get("COMPANION_RUN") or self.profile.name
+        self.results = inside(output_root() / "results", self.name) / self.notebook
+        self.figures = inside(output_root() / "figures", self.name) / self.notebook
+
+    def __repr__(self) -> str:
+        cases = ", ".join(f"{dataset} IPC {ipc}" for dataset, ipc in self.cases)
+        return (
+            f"{self.notebook}: profile {self.profile.name}, seed {self.seed}, {cases}, on {self.device.type}"
+        )
+
+    @property
+    def bars(self) -> bool:
+        """Whether progress bars are shown: only where somebody watches, and ``$COMPANION_BARS`` (0 or 1)
+        decides first.
+        """
+        wish = os.environ.get("COMPANION_BARS")
+        if wish:
+            return wish != "0"
+        if "PYTEST_VERSION" in os.environ:
+            return False
+        if _in_notebook():  # JupyterLab and VS Code name the session; papermill and nbval do not
+            return "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ
+        return sys.stderr.isatty()
+
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """A fresh generator on the run's device; equal (seed, offset) give equal streams, different ones do
+        not overlap.
+        """
+        if not 0 <= offset < STREAMS:
+            raise CompanionError(f"a seed offset lies in 0 ... {STREAMS - 1}, not {offset!r}")
+        return torch.Generator(self.device).manual_seed(self.seed * STREAMS + offset)
+
+    def row(self, **fields) -> tables.Row:
+        """A row of the results table with ``notebook`` and ``commit`` filled in; accuracies in percent."""
+        return tables.Row(**{"notebook": self.notebook, "commit": self.git["commit"] or ""} | fields)
+
+    def record(self, **config) -> None:
+        """Add settings, fingerprints or counts to ``run.json``."""
+        self.config.update(config)
+
+    def headline(self, *, ours: str, published: str) -> None:
+        """The two results that the gallery shows side by side; say data set and IPC in both, and "published"
+        in the second.
+        """
+        self.headlines = {"ours": ours, "published": published}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the enclosed code: seconds and peak memory in MB go to ``run.json``; a name used again adds
+        up.
+
+        On a CPU the peak is that of the process so far (the allocator keeps memory, so it never falls); on
+        CUDA that of the stage.
+        """
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            if cuda:
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - begin
+            before = self.stages.get(name, {"seconds": 0.0, "peak_mb": 0.0})
+            peak = max(before["peak_mb"], provenance.peak_mb(self.device))
+            self.stages[name] = {"seconds": before["seconds"] + seconds, "peak_mb": peak}
+
+    def save_table(self, frame, name: str = "table", digits: int = 1):
+        """Write ``frame`` to ``results/<run>/<notebook>/<name>.csv``; returns it made readable, to be
+        displayed.
+        """
+        tables.write_csv(frame, self._new("tables", self.results, name, ".csv"))
+        return tables.readable(frame, digits)
+
+    def save_figure(self, fig, name: str, caption: str, *, thumbnail: bool = False) -> None:
+        """Write ``fig`` as PNG, and as SVG where that is light, and show it.
+
+        In a notebook the figure is displayed here, with the caption as its alternative text, and then closed,
+        so it must not be displayed again. Elsewhere it stays open. ``thumbnail`` puts it on the gallery card
+        (else the first figure saved is there).
+        """
+        from lib.companion.style import save_png, save_svg
+
+        png = self._new("figures", self.figures, name, ".png")
+        save_png(fig, png)
+        save_svg(fig, png.with_suffix(".svg"), SVG_LIMIT)
+        self.saved["figures"][name] |= {
+            "caption": caption,
+            "thumbnail": thumbnail,
+            "svg": png.with_suffix(".svg").exists(),
+        }
+        if _in_notebook():
+            _show(fig, caption)
+
+    def save_set(self, synset, name: str) -> Path:
+        """Store a synthetic set through its own ``save(path)`` as
+        ``results/<run>/<notebook>/<name>.safetensors``.
+        """
+        path = self._new("sets", self.results, name, ".safetensors")
+        synset.save(path)
+        return path
+
+    def _new(self, kind: str, folder: Path, name: str, suffix: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise CompanionError(f"the name of an output is letters, digits, '_', '-' and '.', not {name!r}")
+        path = folder / f"{name}{suffix}"
+        self.saved[kind][name] = {"file": path.relative_to(output_root()).as_posix()}
+        return path
+
+    def check(self, text: str, ok: bool, *, must: bool = False, **numbers) -> bool:
+        """Print and keep the verdict on a claim; ``numbers`` are what it was judged by.
+
+        Raises:
+            AssertionError: if ``must`` and the claim failed.
+        """
+        return self._judge(Verdict(text, bool(ok), provenance.plain(numbers)), must)
+
+    def close(self, name: str, value: float, target: float, tol: float, *, must: bool = False) -> bool:
+        """The verdict ``|value - target| <= tol``."""
+        return self._judge(verdicts.judge_close(name, value, target, tol), must)
+
+    def better(
+        self, text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2, *, must: bool = False
+    ) -> bool:
+        """The verdict "a beats b by more than ``n_se`` standard errors of the difference", one value per
+        repetition.
+        """
+        return self._judge(verdicts.judge_better(text, a, b, n_se), must)
+
+    def _judge(self, verdict: Verdict, must: bool) -> bool:
+        self.judged.append(verdict)
+        print(verdict.line)
+        if must and not verdict.ok:
+            raise AssertionError(f"{verdict.text}: {verdict.numbers}")
+        return verdict.ok
+
+    def verdicts(self, digits: int = 2):
+        """The verdicts with their numbers, to display in a cell tagged ``nbval-ignore-output``."""
+        return tables.readable(verdicts.frame(self.judged), digits)
+
+    def finish(self, *, title: str = "", claim: str = "") -> None:
+        """Write ``run.json``: where every file, number and verdict of this run comes from."""
+        self.title, self.claim = title or self.title or self.notebook, claim or self.claim
+        record = {
+            "notebook": self.notebook,
+            "run": self.name,
+            "title": self.title,
+            "claim": self.claim,
+            "headline": self.headlines,
+            "profile": self.profile.name,
+            "parameters": self.parameters,
+            "cases": self.cases,
+            "repetitions": {key: getattr(self.profile, key) for key in ("sets", "networks", "random_draws")},
+            "config": self.config,
+            "verdicts": [{"text": v.text, "ok": v.ok, "numbers": v.numbers} for v in self.judged],
+            **{kind: self._hashed(kind) for kind in ("figures", "tables", "sets")},
+            "git": self.git,
+            "versions": provenance.versions(),
+            "device": provenance.device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "stages": self.stages,
+            "seconds": time.perf_counter() - self.started,
+            "peak_mb": max(
+                [provenance.peak_mb(self.device), *(stage["peak_mb"] for stage in self.stages.values())]
+            ),
+        }
+        write_text(
+            self.results / "run.json",
+            json.dumps(provenance.plain(record), indent=1, ensure_ascii=False) + "\n",
+        )
+
+    def _hashed(self, kind: str) -> dict:
+        files = self.saved[kind]
+        return {
+            name: entry | {"sha256": provenance.sha256(output_root() / entry["file"])}
+            for name, entry in files.items()
+        }
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel (others may have imported one)."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
+
+
+def _show(fig, caption: str) -> None:
+    """Display ``fig`` in the notebook with its caption as alternative text, then close it."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    display(fig, metadata={"image/png": {"alt": caption}})
+    plt.close(fig)

@@ -1,0 +1,134 @@
+"""One case of a run (a data set at an IPC): data, protocols, distilled sets, baselines and table rows, the same in every notebook."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lib import data as datasets
+from lib.companion import tables
+from lib.companion.run import Run
+from lib.distill import Distilled, distill
+from lib.evaluate import Evaluation, Protocol, evaluate, full_data_accuracy, protocol
+from lib.synset import check_ipc
+
+SMALL = ("digits", "photos16", "photos32")
+SEED_STEP = 1000  # run seed 1 never meets the sets of run seed 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A method on a case: its distilled sets, and their accuracies under a protocol."""
+
+    method: str
+    distilled: list[Distilled]
+    evaluation: Evaluation
+
+    @property
+    def percent(self) -> list[float]:
+        """Mean accuracy of every distilled set in percent: the independent repetitions."""
+        return [100 * value for value in self.evaluation.per_set.tolist()]
+
+    @property
+    def sets(self):
+        return [one.synset for one in self.distilled]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds per distilled set."""
+        return sum(one.seconds for one in self.distilled) / len(self.distilled)
+
+
+class Case:
+    """Everything of one (data set, IPC).
+
+    Attributes:
+        plain, augmented: the two protocols of the case, without and with DSA augmentation (the small ones on the embedded data,
+            ``dc`` and ``dsa`` elsewhere).
+    """
+
+    def __init__(self, run: Run, dataset: str, ipc: int):
+        self.run, self.dataset = run, dataset
+        self.data = datasets.load(dataset, device=run.device)
+        self.ipc = check_ipc(ipc, self.data.train.smallest_class)
+        names = ("cpu-small", "cpu-small-dsa") if dataset in SMALL else ("dc", "dsa")
+        self.plain, self.augmented = (protocol(name, self.data.train) for name in names)
+
+    def __repr__(self) -> str:
+        return f"{self.dataset} IPC {self.ipc}"
+
+    @property
+    def small(self) -> bool:
+        """Whether this is embedded data, where small networks and short runs are the point."""
+        return self.dataset in SMALL
+
+    def distil(self, method, sets: int | None = None, snapshots: Sequence[int] = ()) -> list[Distilled]:
+        """Independent distilled sets of one method (cached by content), seeds derived from the run's."""
+        with self.run.stage(f"{type(method).__name__} on {self!r}"):
+            return [
+                distill(
+                    method,
+                    self.data.train,
+                    self.ipc,
+                    self.run.seed * SEED_STEP + k,
+                    snapshots=snapshots if k == 0 else (),
+                    cache=True,
+                    progress=self.run.bars,
+                )
+                for k in range(sets or self.run.profile.sets)
+            ]
+
+    def evaluate(
+        self, distilled: Sequence[Distilled], protocol: Protocol | None = None, networks: int | None = None
+    ):
+        """Accuracies of these sets (cached by content)."""
+        sets = [one.synset for one in distilled]
+        with self.run.stage(f"evaluation on {self!r}"):
+            count = networks or self.run.profile.networks
+            return evaluate(sets, self.data, protocol or self.plain, self.run.seed, count, cache=True)
+
+    def study(
+        self, name: str, method, protocol: Protocol | None = None, *, sets=None, networks=None, snapshots=()
+    ) -> Result:
+        """Distil and evaluate."""
+        distilled = self.distil(method, sets, snapshots)
+        return Result(name, distilled, self.evaluate(distilled, protocol, networks))
+
+    def random(self, method, protocol: Protocol | None = None) -> Result:
+        """The baseline: more draws than any method gets, since draws of few images differ by ten points."""
+        return self.study("random", method, protocol, sets=self.run.profile.random_draws)
+
+    @functools.cached_property
+    def full(self) -> Evaluation:
+        """The ceiling: the same network on all training data."""
+        with self.run.stage(f"full data on {self!r}"):
+            return full_data_accuracy(self.data, self.plain, self.run.seed)
+
+    def row(
+        self, result: Result, *, random: Result | None = None, paper: tuple[float, str] | None = None
+    ) -> tables.Row:
+        """The tidy row of a result; ``paper`` is a published accuracy (percent) and where it is from."""
+        evaluation, one = result.evaluation, result.distilled[0].synset
+        sets, networks = evaluation.accuracy.shape
+        return self.run.row(
+            method=result.method,
+            dataset=self.dataset,
+            ipc=self.ipc,
+            network=evaluation.protocol.network,
+            protocol=evaluation.protocol.name,
+            labels="soft" if one.soft else "hard",
+            seed_scheme=f"{sets} sets x {networks} networks",
+            acc=100 * evaluation.mean,
+            acc_std=100 * evaluation.std,
+            n_sets=sets,
+            n_networks=networks,
+            random_acc=None if random is None else 100 * random.evaluation.mean,
+            full_acc=100 * self.full.mean,
+            paper_acc=None if paper is None else paper[0],
+            paper_source="" if paper is None else paper[1],
+            seconds=result.seconds,
+            peak_mb=max(one.peak_bytes for one in result.distilled) / 1e6,
+            bytes_images=one.bytes_images,
+            bytes_labels=one.bytes_labels,
+        )

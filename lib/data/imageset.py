@@ -1,0 +1,147 @@
+"""A labelled set of images as two tensors on one device, and drawing from it class by class."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lib.cache import digest
+from lib.data.whitening import Transform
+from lib.errors import CompanionError
+
+# Differentiable siamese augmentation: all families for natural images, no mirror images of digits (DSA, section 4).
+NATURAL = "color_crop_cutout_flip_scale_rotate"
+DIGITS = "color_crop_cutout_scale_rotate"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N images of C classes, preprocessed, on one device.
+
+    ``images`` (N, c, h, w) float32 are ``transform.forward`` of pixels in [0, 1]; ``transform.inverse`` gives
+    these back. ``labels`` (N,) int64 count from 0 in the order of ``classes``. ``augmentation`` is the strategy
+    string of :mod:`lib.augment` that suits the data, ``first_padding`` the padding of a ConvNet's first layer
+    (3 where 28 px become 32, else 1).
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    transform: Transform
+    augmentation: str = NATURAL
+    first_padding: int = 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Side of the square images in pixels."""
+        return self.images.shape[2]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @functools.cached_property
+    def _table(self) -> Tensor:
+        return class_table(self.labels, self.num_classes)
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """Images per class, (C,) int64."""
+        return torch.bincount(self.labels, minlength=self.num_classes)
+
+    @functools.cached_property
+    def smallest_class(self) -> int:
+        """Number of images of the smallest class: the largest n that :meth:`sample` takes."""
+        return int(self.counts.min())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of images and labels: the same on every device, different for another preprocessing."""
+        return digest(self.images, self.labels)
+
+    def of_class(self, c: int) -> Tensor:
+        """All images of class ``c``, (n_c, c, h, w)."""
+        return self.images[self.labels == c]
+
+    def indices(self, n: int, generator: torch.Generator) -> Tensor:
+        """For every class n positions without replacement, uniformly: (C, n) int64.
+
+        Raises:
+            CompanionError: for n < 1 or n larger than the smallest class.
+        """
+        check_per_class(n, self.smallest_class, self.classes, self.counts)
+        return draw(self._table, n, generator)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """For every class n images without replacement: (C, n, c, h, w); errors as :meth:`indices`."""
+        return self.images[self.indices(n, generator)]
+
+    def subset(self, indices: Tensor | list[int]) -> ImageSet:
+        """The images at these positions, in this order; all classes keep their label."""
+        indices = torch.as_tensor(indices, dtype=torch.long, device=self.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on another device."""
+        moved = {"images": self.images.to(device), "labels": self.labels.to(device)}
+        return replace(self, **moved, transform=self.transform.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The two halves of a data set; ``test`` is preprocessed with the statistics of ``train``."""
+
+    train: ImageSet
+    test: ImageSet
+
+    def to(self, device: torch.device | str) -> Data:
+        return Data(self.train.to(device), self.test.to(device))
+
+
+def class_table(labels: Tensor, num_classes: int) -> Tensor:
+    """Row c lists the positions of class c in ascending order, padded with -1: (C, size of the largest class)."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    positions = torch.argsort(labels, stable=True)  # (N,) grouped by class
+    rows = labels[positions]
+    columns = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[rows]
+    table = labels.new_full((num_classes, int(counts.max())), -1)
+    table[rows, columns] = positions
+    return table
+
+
+def draw(table: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n distinct entries of every row of a :func:`class_table`, uniformly: the n largest of random keys, (C, n)."""
+    keys = torch.rand(table.shape, generator=generator, device=generator.device).to(table.device)
+    keys = keys.masked_fill(table < 0, -1.0)
+    return table.gather(1, keys.topk(n, dim=1).indices)
+
+
+def check_per_class(n: int, smallest: int, classes: tuple[str, ...], counts: Tensor) -> None:
+    """Refuse a number of images per class that the data cannot give."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise CompanionError(f"images per class must be a whole number of at least 1, not {n!r}")
+    if n > smallest:
+        name = classes[int(counts.argmin())]
+        raise CompanionError(
+            f"{n} images per class asked for, but the smallest class ({name!r}) has {smallest}"
+        )

@@ -1,0 +1,351 @@
+"""The one loop: progress, checkpoint and resume, snapshots, timing, and a guard against non-finite values.
+
+A method (see ``lib.methods``) is three functions, ``begin``, ``step`` and ``finish``; everything around them is here, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lib.cache import digest
+from lib.errors import CompanionError
+from lib.files import atomic, cache_dir, write_tensors
+from lib.measure import Meter
+from lib.nets.ensemble import Ensemble
+from lib.sources import code_digest
+from lib.synset import SyntheticSet, check_ipc, read_safetensors
+
+GUARD_EVERY = 10  # steps between two looks at the metrics (a look waits for a GPU)
+
+
+class Method(Protocol):
+    """What :func:`distill` asks of a method: a frozen dataclass whose fields are the paper's hyper-parameters."""
+
+    def total_steps(self, ipc: int) -> int: ...
+    def begin(self, train, ipc: int, generator: torch.Generator) -> Any: ...
+    def step(self, state: Any, generator: torch.Generator) -> dict[str, Tensor]: ...
+    def finish(self, state: Any) -> SyntheticSet: ...
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A distilled set and how it came about.
+
+    Attributes:
+        synset: the result.
+        history: metric -> values, ``(steps,)``; snapshots: step -> images in [0, 1], ``(m, c, h, w)``.
+        seconds, peak_bytes: of the whole distillation, ``begin`` included; measured when it was computed, not when it was
+            found in the cache.
+    """
+
+    synset: SyntheticSet
+    history: dict[str, Tensor]
+    snapshots: dict[int, Tensor]
+    seconds: float
+    peak_bytes: int
+
+
+def distill(
+    method: Method,
+    train,
+    ipc: int,
+    seed: int = 0,
+    *,
+    snapshots: Sequence[int] = (),
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 30.0,
+    cache: bool = False,
+    progress: bool = False,
+    callback: Callable[[int, Any, dict[str, Tensor]], None] | None = None,
+) -> Distilled:
+    """Run a method from its beginning, or from its checkpoint, to its synthetic set.
+
+    The result depends on the arguments method, train, ipc and seed alone: a run that is killed and started again ends with
+    the same bits (on the same machine and thread count).
+
+    Args:
+        train: the data to distil, an ``ImageSet``.
+        ipc: stored images per class; seed: of every random choice.
+        snapshots: steps whose images are kept (0 is the initial set).
+        checkpoint: file to save the state to, at least every ``checkpoint_seconds``, and to go on from if it exists; removed at
+            the end. With ``cache`` it has a place of its own.
+        cache: keep the result under a key of configuration, data, seed and code, and return it at once when it is there.
+        callback: called with (steps done, state, metrics) after every step.
+    Raises:
+        CompanionError: ipc out of range; a checkpoint of another configuration; a non-finite value (the last good state stays
+            in the checkpoint, if there is one).
+    """
+    check_ipc(ipc, train.smallest_class)
+    key = configuration_key(method, train, ipc, seed)
+    stored = cache_dir() / f"{key}-{digest(sorted(snapshots))[:8]}.safetensors"
+    if cache:
+        checkpoint = checkpoint or stored.with_suffix(".checkpoint")
+        if stored.is_file() and (found := _read_result(stored)) is not None:
+            return dataclasses.replace(found, synset=found.synset.to(train.device))
+    with Meter(train.device) as meter:
+        run = _Run(
+            method,
+            train,
+            ipc,
+            seed,
+            key,
+            checkpoint and Path(checkpoint),
+            checkpoint_seconds,
+            sorted(snapshots),
+        )
+        run.to_the_end(progress, callback)
+        synset = method.finish(run.state)
+    synset.meta = _provenance(method, train, ipc, seed) | synset.meta
+    history = {name: torch.cat(parts) for name, parts in run.history.items()}
+    result = Distilled(synset, history, run.snapshots, meter.seconds + run.seconds_before, meter.peak_bytes)
+    if cache:
+        _write_result(stored, result)
+    if checkpoint:
+        Path(checkpoint).unlink(missing_ok=True)
+    return result
+
+
+def configuration_key(method: Method, train, ipc: int, seed: int) -> str:
+    """Hash of everything that the result depends on, the code of the method included."""
+    return digest(
+        method,
+        train.fingerprint,
+        ipc,
+        seed,
+        train.device.type,
+        code_digest(type(method).__module__, __name__),
+    )
+
+
+class _Run:
+    """The state of a distillation under way, and its checkpoints."""
+
+    def __init__(self, method, train, ipc, seed, key, checkpoint, checkpoint_seconds, wanted):
+        self.method, self.key, self.checkpoint, self.every = method, key, checkpoint, checkpoint_seconds
+        data = f"{train.name} {train.fingerprint[:8]} on {train.device.type}"
+        self.about = describe(method) | {"data": data, "ipc": ipc, "seed": seed}
+        self.generator = torch.Generator(train.device).manual_seed(seed)
+        self.total, self.wanted = method.total_steps(ipc), wanted
+        self.state = method.begin(train, ipc, self.generator)
+        self.done, self.seconds_before = 0, 0.0
+        self.history: dict[str, list[Tensor]] = {}
+        self.snapshots: dict[int, Tensor] = {}
+        self.started = time.perf_counter()
+        if checkpoint and checkpoint.is_file():
+            self._load()
+        elif 0 in wanted:
+            self._snapshot()
+
+    def to_the_end(self, progress: bool, callback) -> None:
+        from tqdm.auto import tqdm
+
+        good, saved, pending = None, time.perf_counter(), []
+        with tqdm(total=self.total, initial=self.done, leave=False, disable=not progress, unit="step") as bar:
+            while self.done < self.total:
+                if not pending and self.checkpoint:
+                    good = self._core()
+                metrics = self.method.step(self.state, self.generator)
+                self.done += 1
+                pending.append(metrics)
+                if self.done in self.wanted:
+                    self._snapshot()
+                if callback is not None:
+                    callback(self.done, self.state, metrics)
+                if len(pending) == GUARD_EVERY or self.done == self.total:
+                    self._look(pending, good)
+                    bar.update(len(pending))
+                    pending = []
+                    if (
+                        self.checkpoint
+                        and time.perf_counter() - saved > self.every
+                        and self.done < self.total
+                    ):
+                        self._save(self._core())
+                        saved = time.perf_counter()
+
+    def _look(self, pending: list[dict[str, Tensor]], good: dict | None) -> None:
+        """Move the metrics to the history; stop if one of them, or a learned value, is not finite."""
+        columns = {name: torch.stack([metrics[name] for metrics in pending]).cpu() for name in pending[0]}
+        first = self.done - len(pending) + 1
+        for name, values in columns.items():
+            bad = (~values.isfinite()).nonzero()
+            if len(bad):
+                self._stop(
+                    f"{name} is {values[bad[0, 0]].item()} at step {first + bad[0, 0].item()}",
+                    first - 1,
+                    good,
+                )
+        if not all(bool(tensor.isfinite().all()) for tensor in learned(self.state)):
+            self._stop(f"a learned value is not finite after step {self.done}", first - 1, good)
+        for name, values in columns.items():
+            self.history.setdefault(name, []).append(values)
+
+    def _stop(self, what: str, good_step: int, good: dict | None) -> None:
+        kept = "; no checkpoint was asked for"
+        if good is not None:
+            self._save(good)
+            kept = f"; the last good state (step {good_step}) is in {self.checkpoint}"
+        raise CompanionError(f"{type(self.method).__name__} stopped: {what}{kept}")
+
+    def _snapshot(self) -> None:
+        self.snapshots[self.done] = self.method.finish(self.state).viewable().cpu()
+
+    def _core(self) -> dict[str, Any]:
+        """What the next step depends on, copied."""
+        return {"done": self.done, "generator": self.generator.get_state().clone(), "state": pack(self.state)}
+
+    def _save(self, core: dict[str, Any]) -> None:
+        """Write a checkpoint of plain tensors, numbers and strings (loadable with ``weights_only=True``)."""
+        packed = core | {
+            "key": self.key,
+            "configuration": self.about,
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+            "history": {name: torch.cat(parts)[: core["done"]] for name, parts in self.history.items()},
+            "snapshots": {step: images for step, images in self.snapshots.items() if step <= core["done"]},
+        }
+        buffer = io.BytesIO()  # torch.save on a file hides a full disk behind an error of its own
+        torch.save(packed, buffer)
+        with atomic(self.checkpoint) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+
+    def _load(self) -> None:
+        packed = read_checkpoint(self.checkpoint)
+        if packed["key"] != self.key:
+            mine, theirs = self.about, packed["configuration"]
+            names = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            what = ", ".join(f"{n}={theirs.get(n)!r} there, {mine.get(n)!r} here" for n in names)
+            raise CompanionError(
+                f"the checkpoint {self.checkpoint} is of another run ({what or 'other code'}); "
+                "remove it or name another file"
+            )
+        unpack(self.state, packed["state"])
+        self.generator.set_state(packed["generator"])
+        self.done, self.seconds_before = packed["done"], packed["seconds"]
+        self.history = {name: [values] for name, values in packed["history"].items()}
+        self.snapshots = packed["snapshots"]
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """Name and fields of a method, as plain values."""
+    return {"method": type(method).__name__} | json.loads(json.dumps(dataclasses.asdict(method)))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content; nothing in it can run code."""
+    try:
+        packed = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(packed, dict) and {"key", "state", "generator", "done"} <= packed.keys():
+            return packed
+    except Exception as error:  # torch.load raises a dozen kinds for damaged files
+        raise CompanionError(
+            f"the checkpoint {path} is damaged ({type(error).__name__}): remove it to start again"
+        ) from error
+    raise CompanionError(f"{path} is not a checkpoint of ours: remove it or name another file")
+
+
+# -- a method's state: a dataclass of tensors, optimisers, ensembles and numbers -----------------------------------------
+
+
+def pack(state: Any) -> dict[str, Any]:
+    """A copy of the state's fields as plain values. Fields marked ``metadata={"constant": True}`` are left to ``begin``."""
+    return {name: _copy(value) for name, value in _fields(state)}
+
+
+def unpack(state: Any, packed: Mapping[str, Any]) -> None:
+    """Put packed values back, in place where there is a place (leaf tensors stay the ones their optimiser knows)."""
+    for name, value in _fields(state):
+        new = packed[name]
+        if isinstance(value, Tensor) and isinstance(new, Tensor) and value.shape == new.shape:
+            with torch.no_grad():
+                value.copy_(new)
+        elif isinstance(value, Ensemble):
+            for mine, saved in ((value.parameters, new["parameters"]), (value.buffers, new["buffers"])):
+                for key, tensor in mine.items():
+                    with torch.no_grad():
+                        tensor.copy_(saved[key])
+        elif hasattr(value, "load_state_dict"):
+            value.load_state_dict(new)
+        else:
+            setattr(state, name, new)
+
+
+def learned(state: Any) -> list[Tensor]:
+    """The tensors of the state that carry gradients."""
+    return [value for _, value in _fields(state) if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _fields(state: Any) -> list[tuple[str, Any]]:
+    return [
+        (field.name, getattr(state, field.name))
+        for field in dataclasses.fields(state)
+        if not field.metadata.get("constant")
+    ]
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Ensemble):
+        return {"parameters": _copy(value.parameters), "buffers": _copy(value.buffers)}
+    if hasattr(value, "state_dict"):
+        return _copy(value.state_dict())
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copy(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"a state may hold tensors, optimisers, ensembles and plain values, not {type(value).__name__}"
+    )
+
+
+# -- results in the cache -------------------------------------------------------------------------------------------------
+
+
+def _provenance(method: Method, train, ipc: int, seed: int) -> dict[str, Any]:
+    return {
+        "method": type(method).__name__,
+        "config": describe(method),
+        "dataset": train.name,
+        "data_sha256": train.fingerprint,
+        "ipc": ipc,
+        "seed": seed,
+    }
+
+
+def _write_result(path: Path, result: Distilled) -> None:
+    tensors = {f"set.{name}": tensor for name, tensor in result.synset.tensors().items()}
+    tensors |= {f"history.{name}": values for name, values in result.history.items()}
+    tensors |= {f"snapshot.{step}": images.contiguous() for step, images in result.snapshots.items()}
+    header = result.synset.header() | {"seconds": repr(result.seconds), "peak_bytes": str(result.peak_bytes)}
+    write_tensors(path, tensors, header)
+
+
+def _read_result(path: Path) -> Distilled | None:
+    """The stored result; a damaged file counts as absent."""
+    try:
+        header, tensors = read_safetensors(path)
+        part = {
+            kind: {
+                name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith(kind + ".")
+            }
+            for kind in ("set", "history", "snapshot")
+        }
+        synset = SyntheticSet.from_parts(header, part["set"], path)
+        snapshots = {int(step): images for step, images in part["snapshot"].items()}
+        seconds, peak = float(header["seconds"]), int(header["peak_bytes"])
+    except (CompanionError, KeyError, ValueError):
+        return None
+    return Distilled(synset, part["history"], snapshots, seconds, peak) if math.isfinite(seconds) else None

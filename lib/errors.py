@@ -1,0 +1,25 @@
+"""Errors that a user caused: one line that names the bad value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompanionError(ValueError):
+    """A mistake in the input, told in one line; command-line tools print it without a traceback."""
+
+
+def unknown(kind: str, value: object, allowed: Iterable[str]) -> CompanionError:
+    """The error for a name that does not exist: ``unknown dataset 'digit' (did you mean 'digits'?); allowed: digits, ...``."""
+    names = sorted(str(name) for name in allowed)
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return CompanionError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
+
+
+def choose(kind: str, value: str, table: dict):
+    """``table[value]``, or the one-line error above."""
+    if value not in table:
+        raise unknown(kind, value, table)
+    return table[value]

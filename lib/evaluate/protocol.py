@@ -1,0 +1,130 @@
+"""The evaluation protocol as an object, printed beside every number: different protocols are not comparable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from lib import augment, nets
+from lib.errors import CompanionError, choose, unknown
+from lib.train import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is trained on S. The accuracy is that of the *last* epoch, never the best one.
+
+    Attributes:
+        network: architecture (``lib.nets``); one tap decides everything about it.
+        epochs: E as published; ``dc`` schedules train epochs 0..E, that is E + 1 of them.
+        lr, momentum, weight_decay, batch: plain SGD (the set's learned step size replaces lr where it has one and
+            ``learned_lr`` says so).
+        schedule: ``constant``, ``dc`` (a tenth after half, momentum reset), ``steps`` (IDC), ``cosine``.
+        augmentation: ``none``, a DSA strategy, or ``data``: the strategy that suits the data set; mode and cutmix as in
+            ``lib.train``.
+        labels: ``own`` (as stored: hard or soft), or ``hard`` (argmax of soft ones).
+        networks: evaluation networks per set; sets: distilled sets, in the paper.
+        source: where the protocol is from.
+    """
+
+    name: str
+    network: str = "convnet-d3-w128"
+    epochs: int = 300
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 256
+    schedule: str = "dc"
+    augmentation: str = "none"
+    mode: str = "single"
+    cutmix: float = 0.0
+    labels: str = "own"
+    learned_lr: bool = False
+    networks: int = 20
+    sets: int = 5
+    source: str = ""
+
+    def __post_init__(self):
+        nets.parse(self.network)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        if self.labels not in ("own", "hard"):
+            raise unknown("label type", self.labels, ("own", "hard"))
+        if self.augmentation != "data":
+            augment.strategy(self.augmentation)
+        augment.alternatives((), self.mode)
+        for name in ("epochs", "batch", "networks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CompanionError(
+                    f"{name} {value!r} in protocol {self.name!r}: must be a whole number of at least 1"
+                )
+
+    @property
+    def trained_epochs(self) -> int:
+        return self.epochs + 1 if self.schedule == "dc" else self.epochs
+
+    def families(self, data) -> str:
+        """The augmentation strategy on this data set."""
+        return data.augmentation if self.augmentation == "data" else self.augmentation
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.network}", f"{self.trained_epochs} epochs", f"SGD lr {self.lr:g}"]
+        parts += [
+            f"momentum {self.momentum:g}",
+            f"wd {self.weight_decay:g}",
+            f"batch {self.batch}",
+            f"{self.schedule} schedule",
+        ]
+        parts += [f"augmentation {self.augmentation}" + (f" ({self.mode})" if self.mode != "single" else "")]
+        parts += [f"cutmix {self.cutmix:g}"] if self.cutmix else []
+        return ", ".join([*parts, f"labels {self.labels}", "last epoch"])
+
+
+# The small protocols on the embedded data sets: a network and a schedule that two cores train in a second. Digits keep the
+# published schedule; the photographs have ten times the arithmetic and get a third of the epochs at three times the rate.
+_SMALL = {
+    "digits": {"network": "convnet-d2-w32"},
+    "photos16": {"network": "convnet-d3-w32", "epochs": 100, "lr": 0.03},
+    "photos32": {"network": "convnet-d3-w32", "epochs": 100, "lr": 0.03},
+}
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("dc", source="DC, arXiv 2006.05929: 300 epochs without augmentation"),
+        Protocol("dsa", epochs=1000, augmentation="data", source="DSA and DM: 1000 epochs, DSA, not siamese"),
+        Protocol("mtt", epochs=1000, augmentation="data", learned_lr=True, networks=5, source="MTT: learned step size"),
+        Protocol(
+            "idc", epochs=1000, batch=64, schedule="steps", augmentation="data", mode="idc", cutmix=0.5, networks=3,
+            source="IDC, arXiv 2205.14959: CutMix; its strategy has no cutout",
+        ),
+        Protocol("dcbench", epochs=1000, augmentation="data", networks=5, source="DC-BENCH with DSA; 300 epochs without"),
+        Protocol("ddranking", epochs=1000, augmentation="data", labels="hard", networks=1, source="DD-Ranking, hard labels"),
+        Protocol("cpu-small", networks=5, sets=3, source="dc, scaled to two cores on the embedded data sets"),
+        Protocol("cpu-small-dsa", augmentation="data", networks=5, sets=3, source="cpu-small with DSA augmentation"),
+    )
+}  # fmt: skip
+
+
+def protocol(name: str, data=None, **changes) -> Protocol:
+    """A named protocol, adapted to a data set and with single fields replaced.
+
+    Args:
+        name: one of :data:`PROTOCOLS`.
+        data: an ``ImageSet``; ``cpu-small`` takes the data set's small network, ``idc`` drops cutout from the strategy.
+        changes: fields to replace, by name.
+    Raises:
+        CompanionError: unknown protocol or field.
+    """
+    chosen = choose("protocol", name, PROTOCOLS)
+    allowed = [field.name for field in fields(Protocol)]
+    for key in changes:
+        if key not in allowed:
+            raise unknown("protocol field", key, allowed)
+    if data is not None:
+        if name.startswith("cpu-small"):
+            chosen = replace(chosen, **_SMALL.get(data.name, {"network": "convnet-d3-w32"}))
+        if name == "idc":
+            kept = [family for family in data.augmentation.split("_") if family != "cutout"]
+            chosen = replace(chosen, augmentation="_".join(kept))
+    return replace(chosen, **changes)

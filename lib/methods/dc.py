@@ -1,0 +1,150 @@
+r"""DC - Dataset Condensation with Gradient Matching. Zhao, Mopuri & Bilen, ICLR 2021, arXiv 2006.05929.
+
+$$\min_{\mathcal S}\ \mathbb E_{\theta_0}\sum_{t=0}^{T-1}\sum_c
+D\big(\nabla_\theta\ell(\mathcal S_c;\theta_t),\ \nabla_\theta\ell(\mathcal T_c;\theta_t)\big),\qquad
+\theta_{t+1}=\theta_t-\eta_\theta\nabla_\theta\ell(\mathcal S;\theta_t)\ \text{(}\varsigma_\theta\text{ times)}.$$
+
+A step here is one matching step; the networks restart every T steps. D is the row-wise cosine distance of
+``lib.match.gradient``.
+
+Paper and code: the paper's Algorithm 1 updates the classes one after the other, the code sums their losses and steps once; the
+classes are disjoint pixels, so the two coincide. The paper counts network *steps*, the code epochs over S; we count epochs
+(equal while C * IPC <= 256). The code's outer range is inclusive (1001 networks); ours is the paper's 1000.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lib import augment, nets
+from lib.errors import choose
+from lib.match.gradient import DISTANCES, matching_step
+from lib.methods.pixels import augment_by_class, by_class, families, initial_pixels, pixel_set
+from lib.nets.ensemble import Ensemble
+from lib.synset import SyntheticSet, class_major
+from lib.train import sgd_steps
+
+# IPC -> (matching steps T per network, epochs of network training between two of them); appendix and code
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+NORM_IMAGES = 16  # real images per class that set the batch-norm statistics before a matching step
+
+
+@dataclass
+class State:
+    pixels: Tensor
+    optimiser: torch.optim.Optimizer
+    networks: Ensemble  # one network
+    t: int  # matching steps done with this network
+    train: object = field(metadata={"constant": True})
+    ipc: int = field(metadata={"constant": True})
+
+
+@dataclass(frozen=True)
+class DC:
+    """Hyper-parameters of the paper's section 3.1 and of the published commands."""
+
+    outer: int = 1000  # networks, K
+    inner: int | None = None  # matching steps per network, T; None: by IPC
+    epochs: int | None = None  # network epochs between two matching steps; None: by IPC
+    lr: float = 0.1  # of the pixels; 0.01 when matching with an MLP
+    momentum: float = 0.5
+    lr_network: float = 0.01
+    real_batch: int = 256  # per class; the smallest class where it has fewer
+    network_batch: int = 256
+    network: str = "convnet-d3-w128"
+    init: str = "noise"
+    distance: str = "ours"  # "mse" and "cos" are the paper's ablations
+    augmentation: str = "none"
+    siamese: bool = True  # share the augmentation between real and synthetic images
+    mixed: bool = False  # real gradients in bfloat16
+
+    def loops(self, ipc: int) -> tuple[int, int]:
+        """$(T, \\varsigma_\\theta)$ for this IPC: the published table, else T = IPC and about 500 / IPC epochs."""
+        published = LOOPS.get(ipc, (ipc, max(1, round(500 / ipc))))
+        return self.inner or published[0], self.epochs or published[1]
+
+    def total_steps(self, ipc: int) -> int:
+        return self.outer * self.loops(ipc)[0]
+
+    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
+        choose("distance", self.distance, DISTANCES)
+        pixels = initial_pixels(train, ipc, self.init, generator).requires_grad_()
+        optimiser = torch.optim.SGD([pixels], lr=self.lr, momentum=self.momentum)  # one for the whole run
+        return State(pixels, optimiser, Ensemble.make(self.network, train, [generator]), 0, train, ipc)
+
+    def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+        """One matching step, then (unless the network is about to be replaced) its training on S."""
+        inner, epochs = self.loops(state.ipc)
+        if state.t == 0:
+            state.networks = Ensemble.make(self.network, state.train, [generator])
+
+        losses = self.match(state, generator)
+
+        state.t = (state.t + 1) % inner
+        if state.t:
+            self.train_network(state, epochs, generator)
+        return {"loss": losses.sum()}
+
+    def match(self, state: State, generator: torch.Generator) -> Tensor:
+        """Update S by the gradient distance at the current network; the loss of every class."""
+        train, classes = state.train, state.train.num_classes
+        real = train.sample(min(self.real_batch, train.smallest_class), generator)  # (C, B, c, h, w)
+        syn = by_class(state.pixels, classes)  # (C, M, c, h, w)
+        if names := families(self.augmentation, train):
+            omega = augment.draw(names, classes, generator)
+            real = augment_by_class(real, omega)
+            syn = augment_by_class(syn, omega if self.siamese else augment.draw(names, classes, generator))
+        networks = state.networks.train()
+        if nets.has_batch_norm(networks.template):
+            self.freeze_batch_norm(state, generator)
+
+        labels = torch.arange(classes, device=real.device)
+        tensors = networks.parameters | networks.buffers
+        losses, gradient = matching_step(
+            networks.template, tensors, real, syn, labels, self.distance, self.mixed
+        )
+
+        state.optimiser.zero_grad()
+        syn.backward(gradient)  # through the augmentation to the pixels
+        state.optimiser.step()
+        return losses
+
+    def freeze_batch_norm(self, state: State, generator: torch.Generator) -> None:
+        """Set running statistics from a joint batch of all classes, then use them on both sides."""
+        count = min(NORM_IMAGES, state.train.smallest_class)
+        with torch.no_grad():
+            state.networks(state.train.sample(count, generator).flatten(0, 1).unsqueeze(0))
+        for module in state.networks.template.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+    def train_network(self, state: State, epochs: int, generator: torch.Generator) -> None:
+        """$\\varsigma_\\theta$ epochs of plain SGD on the current S; augmentation here is per image, not siamese."""
+        strategy = "_".join(families(self.augmentation, state.train)) or "none"
+        labels = class_major(state.train.num_classes, state.ipc, state.pixels.device)
+        sgd_steps(
+            state.networks,
+            state.pixels.detach().unsqueeze(0),
+            labels.unsqueeze(0),
+            [generator],
+            epochs=epochs,
+            lr=self.lr_network,
+            batch=self.network_batch,
+            augmentation=strategy,
+        )
+
+    def finish(self, state: State) -> SyntheticSet:
+        return pixel_set(state.pixels, state.train, state.ipc)
+
+
+_SMALL = DC(real_batch=64, network="convnet-d3-w32", outer=60)
+# The cpu rows are the card's measured small settings; "paper" is the published one, for every data set and IPC.
+PRESETS = {
+    "digits": replace(_SMALL, network="convnet-d2-w32", outer=200),
+    "photos16": replace(_SMALL, outer=25, inner=5, epochs=10, init="real"),
+    "photos32": replace(_SMALL, outer=25, inner=5, epochs=10, init="real"),
+    "paper": DC(),
+}

@@ -1,0 +1,106 @@
+"""K networks of one architecture, trained and applied as one: every parameter is stacked to ``(K, ...)``.
+
+A ConvNet runs as one network with K groups, which is what makes five evaluations cost little more than one at small sizes.
+Other architectures are applied one network after the other, with the same interface and the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lib import nets
+from lib.nets.convnet import ConvNet
+
+
+class Ensemble:
+    """K independent networks.
+
+    Attributes:
+        template: a module of the architecture; only its structure and its train/eval mode matter.
+        parameters: name -> ``(K, ...)`` leaf tensors that require grad.
+        buffers: name -> ``(K, ...)`` (running statistics of batch norms).
+    """
+
+    def __init__(self, template: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]):
+        self.template, self.parameters, self.buffers = template, parameters, buffers
+        self.size = next(iter(parameters.values())).shape[0]
+
+    @classmethod
+    def make(cls, name: str, like, generators: Sequence[torch.Generator]) -> Ensemble:
+        """One network per generator, network k drawn from generator k alone (so that it does not depend on K)."""
+        template = nets.make(name, like)
+        states = [
+            {
+                key: tensor.detach().clone()
+                for key, tensor in nets.initialise(template, generator).state_dict().items()
+            }
+            for generator in generators
+        ]
+        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+        names = {key for key, _ in template.named_parameters()}
+        return cls(
+            template,
+            {key: tensor.requires_grad_() for key, tensor in stacked.items() if key in names},
+            {key: tensor for key, tensor in stacked.items() if key not in names},
+        )
+
+    def train(self, mode: bool = True) -> Ensemble:
+        """Train or eval mode (batch norm, dropout)."""
+        self.template.train(mode)
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits ``(K, n, classes)`` of ``x``: ``(K, n, c, h, w)``, or ``(1, n, c, h, w)`` for the same images to all."""
+        return apply(self.template, self.parameters | self.buffers, x, "logits")
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Inputs of the last linear layer, ``(K, n, d)``."""
+        return apply(self.template, self.parameters | self.buffers, x, "embed")
+
+    def network(self, k: int) -> nn.Module:
+        """A stand-alone copy of network k."""
+        import copy
+
+        network = copy.deepcopy(self.template)
+        tensors = self.parameters | self.buffers
+        network.load_state_dict({name: tensors[name][k] for name in network.state_dict()})
+        return network
+
+
+class _Method(nn.Module):
+    """``functional_call`` reaches only ``forward``; this makes another method of a network its forward."""
+
+    def __init__(self, net: nn.Module, method: str):
+        super().__init__()
+        self.net, self.method = net, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.net, self.method)(x)
+
+
+def apply(template: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, output: str = "logits") -> Tensor:
+    """Apply G networks with stacked parameters and buffers, ``(G, n, c, h, w) -> (G, n, ...)``.
+
+    Args:
+        template: the architecture; its own weights are not used.
+        tensors: name -> ``(G, ...)``, parameters and buffers. Running statistics are updated in place in train mode.
+        x: one batch per network, or ``(1, n, c, h, w)`` for all.
+        output: ``logits`` or ``embed``.
+    """
+    if isinstance(template, ConvNet):
+        return (template.grouped_logits if output == "logits" else template.grouped_embed)(tensors, x)
+    groups = next(iter(tensors.values())).shape[0]
+    module = _Method(template, "forward" if output == "logits" else "embed")
+    batches = x.expand(groups, *x.shape[1:])
+    return torch.stack(
+        [
+            functional_call(
+                module, {f"net.{name}": tensor[k] for name, tensor in tensors.items()}, (batches[k],)
+            )
+            for k in range(groups)
+        ]
+    )

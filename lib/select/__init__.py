@@ -1,0 +1,1 @@
+"""Coreset selection: which real images to keep."""

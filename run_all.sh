@@ -1,0 +1,294 @@
+#!/usr/bin/env bash
+# The whole project by one command; `./run_all.sh --help` says how. Needs bash and conda, mamba, micromamba or Python >= 3.11.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+cd "$root"
+
+env_dir=${COMPANION_ENV:-$root/.venv}
+python=$env_dir/bin/python
+stamp=$env_dir/.companion-stamp # written last: an interrupted set-up has none and is taken up again
+log=$root/.setup/setup.log
+needed_mb=8000
+commands="run test lab refresh lock clean"
+options="--profile --only --dataset --ipc --seed -p --cores --executor --engine --force --dry-run --list --no-setup --help"
+
+usage() {
+  cat <<'TEXT'
+Usage: ./run_all.sh [COMMAND] [OPTIONS]
+
+Commands
+  run         (default) run every notebook of the profile that is not up to date, then build the tables and the gallery
+  test        the tests of lib/, then every notebook against its stored outputs
+  lab         JupyterLab on the notebooks
+  refresh     run, then write the outputs back into notebooks/
+  lock        resolve environment.yml afresh and write requirements.lock
+  clean       delete what runs leave behind (caches, logs, executed notebooks, runs with changed parameters);
+              keeps the environment, the data and the results of the plain profiles
+Every command first creates or repairs the environment (conda or .venv) when environment.yml has changed.
+
+Options of run and refresh
+  --profile NAME        how much to compute: cpu (default), photos, paper
+  --only NB [NB ...]    these notebooks only: 20_dm, or a beginning of the name that fits one, such as 20
+  --dataset NAME        data set instead of the profile's
+  --ipc N               images per class instead of the profile's
+  --seed N              seed instead of 0
+  -p NAME=VALUE         any other parameter of the notebooks; may be repeated
+  --cores N             use N cores (default: all of this machine); a cpu notebook takes one
+  --executor NAME       where: local (default), gpu, slurm, kubernetes
+  --engine NAME         snakemake (default), or papermill: one notebook after another, without a scheduler
+  --force               also run what is up to date
+  --dry-run             say what would run and why
+  --list                list the notebooks and whether they are up to date
+Any command
+  --no-setup            use the environment as it is
+  -h, --help            this text
+Words after `--` go to pytest (test) or to JupyterLab (lab) as they are.
+
+Changed parameters never touch the plain results: they go to results/cpu+ipc=10/ and figures/cpu+ipc=10/.
+
+Variables
+  COMPANION_ENV         folder of the environment, default .venv
+  COMPANION_DATA        folder of downloaded data sets, default data
+  COMPANION_CACHE       folder of stored intermediate results, default .cache
+
+Examples
+  ./run_all.sh
+  ./run_all.sh --only 20_dm 12_dc --dataset photos16 --ipc 10
+  ./run_all.sh --profile paper --executor slurm
+TEXT
+}
+
+fail() {
+  printf 'run_all.sh: %s\n' "$1" >&2
+  exit "${2:-1}"
+}
+
+# ---------------------------------------------------------------- environment
+
+# Hash of everything that decides what is installed.
+wanted_stamp() {
+  cat environment.yml requirements.lock pyproject.toml | if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -d' ' -f1
+}
+
+find_conda() {
+  local tool
+  for tool in mamba micromamba conda; do
+    if command -v "$tool" >/dev/null; then
+      echo "$tool"
+      return
+    fi
+  done
+}
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+# The first Python >= 3.11 that can make a venv; 3.11 first because the lock was made with it.
+find_python() {
+  local candidate found="none"
+  for candidate in python3.11 python3 python3.12 python3.13 python3.14 python; do
+    command -v "$candidate" >/dev/null || continue
+    if ! new_enough "$candidate"; then
+      [[ $found != none ]] || found="only $(version_of "$candidate" || true) at $(command -v "$candidate")"
+    elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+      found="$(command -v "$candidate") without its venv module (Debian, Ubuntu: apt install python3-venv)"
+    else
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "Python 3.11 or newer is needed, or conda, mamba or micromamba; found $found"
+}
+
+check_disk() {
+  local folder used=0 free
+  folder=$(dirname "$env_dir")
+  mkdir -p "$folder"
+  if [[ -d $env_dir ]]; then used=$(du -sm "$env_dir" | cut -f1); fi
+  free=$(df -Pm "$folder" | awk 'NR == 2 {print $4}')
+  if ((free + used < needed_mb)); then
+    fail "the environment needs $needed_mb MB of disk, $folder has $free MB free: make room or set COMPANION_ENV to a folder elsewhere"
+  fi
+}
+
+# Run a command quietly; if it fails, say which step broke and where its output is.
+step() {
+  local what=$1
+  shift
+  echo "--- $what: $*" >>"$log"
+  if ! "$@" >>"$log" 2>&1 </dev/null; then
+    fail "$what failed; the reason is at the end of $log: $(grep -iE 'error|no space|not found' "$log" | tail -n 1 || true)"
+  fi
+}
+
+create_environment() {
+  if [[ -e $env_dir && ! -e $env_dir/pyvenv.cfg && ! -e $env_dir/conda-meta && -n $(ls -A "$env_dir") ]]; then
+    fail "$env_dir exists and is not a Python environment: move it away or set COMPANION_ENV to another folder"
+  fi
+  local tool candidate words specs=()
+  tool=$(find_conda)
+  if [[ -n $tool ]]; then
+    # The lines above `pip:` in environment.yml; no Python is needed to read them.
+    while IFS= read -r words; do specs+=("$words"); done < <(
+      awk '/^dependencies:/ {on = 1; next} /^[^ #]/ {on = 0} on && /- pip:/ {exit} on && /^ *- / {sub(/^ *- */, ""); print $1}' environment.yml
+    )
+    rm -rf -- "$env_dir"
+    step "creating the environment with $tool" "$tool" create -y -p "$env_dir" -c conda-forge --override-channels "${specs[@]}"
+  else
+    candidate=$(find_python)
+    rm -rf -- "$env_dir"
+    step "creating the environment" "$candidate" -m venv "$env_dir"
+  fi
+}
+
+set_up() {
+  local wanted
+  wanted=$(wanted_stamp)
+  if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
+
+  mkdir -p "$root/.setup/tmp"
+  if command -v flock >/dev/null; then
+    exec 9>"$root/.setup/lock"
+    flock 9 # a second call waits, then finds the work done
+    if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+      exec 9>&-
+      return
+    fi
+  fi
+  : >"$log"
+  check_disk
+  # An environment whose pip does not start was cut off while it was made.
+  if ! "$python" -m pip --version >/dev/null 2>&1; then create_environment; fi
+  new_enough "$python" || fail "the environment $env_dir has Python $(version_of "$python"), 3.11 or newer is needed: delete it and start again"
+  "$python" -m workflow.pins check || exit 1
+
+  echo "Setting up $env_dir (a first time takes some minutes and about 3 GB of download; log: $log)" >&2
+  rm -f -- "$stamp"
+  # pip unpacks in TMPDIR; /tmp is often too small for it, this folder's disk was checked above
+  export TMPDIR=$root/.setup/tmp PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+  step "installing requirements.lock" "$python" -m pip install -r requirements.lock
+  step "installing the project" "$python" -m pip install --no-deps --no-build-isolation -e "$root"
+  unset TMPDIR
+  rm -rf -- "$root/.setup/tmp"
+  echo "$wanted" >"$stamp"
+  exec 9>&- || true
+}
+
+# Without set-up the environment may also be one that the caller activated.
+use_environment() {
+  if [[ $setup == yes ]]; then
+    set_up
+  elif [[ ! -x $python ]]; then
+    if [[ -n ${COMPANION_ENV:-} ]]; then fail "no environment at $env_dir; leave out --no-setup to create it"; fi
+    python=$(command -v python3 || command -v python || true)
+    if [[ -z $python ]] || ! "$python" -c 'import papermill, torch' 2>/dev/null; then
+      fail "no environment at $env_dir and none activated; leave out --no-setup to create it"
+    fi
+  fi
+  PATH=$(dirname "$python"):$PATH
+  export PATH
+  # this clone's lib, even where the environment is shared between clones
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  export JUPYTER_PREFER_ENV_PATH=1 # the kernel of this environment, not one of the same name in the home folder
+}
+
+# ---------------------------------------------------------------- commands
+
+run_tests() {
+  local status=0 workers=(-n "$(cores_here)")
+  # one thread per process, as in a run of the notebooks
+  export OMP_NUM_THREADS=1 COMPANION_BARS=0
+  "$python" -m pytest tests "${workers[@]}" --dist loadfile "$@" || status=$?
+  if ((status == 5)) && (($# > 0)); then status=0; fi # a choice by -k may leave nothing here
+  if compgen -G "notebooks/*.ipynb" >/dev/null; then
+    local notebooks=0
+    # loadscope keeps the cells of a notebook in one process
+    "$python" -m pytest notebooks --nbval --nbval-current-env --nbval-kernel-startup-timeout 120 \
+      "${workers[@]}" --dist loadscope "$@" || notebooks=$?
+    if ((notebooks == 5)) && (($# > 0)); then notebooks=0; fi
+    if ((status == 0)); then status=$notebooks; fi
+  fi
+  return "$status"
+}
+
+# Not in the environment: the old lock may be what breaks its set-up.
+lock() {
+  if ! new_enough "$python"; then python=$(find_python); fi
+  mkdir -p .setup
+  "$python" -m venv .setup/lock-env
+  local status=0
+  .setup/lock-env/bin/python -m workflow.pins lock || status=$?
+  rm -rf .setup/lock-env
+  return "$status"
+}
+
+cores_here() { "$python" -c 'from workflow.machine import cores; print(cores())'; }
+
+clean() {
+  local path
+  shopt -s nullglob
+  for path in .cache .snakemake .setup .pytest_cache .ruff_cache .hypothesis results/logs results/cache results/*+*/ figures/*+*/ \
+    results/*/*/executed*.ipynb notebooks/.ipynb_checkpoints; do
+    if [[ -e $path ]]; then
+      echo "deleting ${path%/}"
+      rm -rf -- "${path%/}"
+    fi
+  done
+  find lib tests workflow benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+}
+
+# Check the words before anything slow happens; values of options are checked by workflow/run.py.
+command=run setup=yes rest=() extra=() after_option=no
+if (($# > 0)) && [[ $1 != -* ]]; then
+  command=$1
+  shift
+  [[ " $commands " == *" $command "* ]] || fail "unknown command '$command'; allowed: $commands" 2
+fi
+while (($# > 0)); do
+  case $1 in
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    --no-setup) setup=no ;;
+    --)
+      shift
+      extra=("$@")
+      break
+      ;;
+    -*)
+      [[ " $options " == *" ${1%%=*} "* ]] || fail "unknown option '$1'; allowed: $options" 2
+      rest+=("$1")
+      after_option=yes
+      ;;
+    *)
+      [[ $after_option == yes ]] || fail "unknown word '$1'; a command comes first and is one of: $commands" 2
+      rest+=("$1")
+      ;;
+  esac
+  shift
+done
+case $command in
+  run | refresh) ((${#extra[@]} == 0)) || fail "'$command' takes no words after --" 2 ;;
+  *) ((${#rest[@]} == 0)) || fail "'$command' does not take '${rest[0]}'; allowed: --no-setup --help, and for test and lab words after --" 2 ;;
+esac
+
+case $command in
+  clean) clean ;;
+  lock)
+    lock
+    ;;
+  test)
+    use_environment
+    run_tests ${extra[@]+"${extra[@]}"}
+    ;;
+  lab)
+    use_environment
+    exec "$python" -m jupyter lab --notebook-dir="$root" ${extra[@]+"${extra[@]}"} notebooks
+    ;;
+  *)
+    use_environment
+    exec "$python" -m workflow.run "$command" ${rest[@]+"${rest[@]}"}
+    ;;
+esac

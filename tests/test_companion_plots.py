@@ -1,0 +1,183 @@
+"""Figures: the right size, not blank, the data really in them, and the same bytes every time."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lib.companion import plots, start, style, tables
+from lib.errors import CompanionError
+
+CLASSES = [f"class {c}" for c in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def _look():
+    with matplotlib.rc_context():
+        style.use_style()
+        yield
+    plt.close("all")
+
+
+def _frame():
+    rows = [
+        tables.Row(
+            notebook="x",
+            method=method,
+            dataset=dataset,
+            ipc=ipc,
+            network="convnet",
+            protocol="dc",
+            labels="hard",
+            seed_scheme="",
+            acc=50 + 10 * k + ipc,
+            acc_std=2.0,
+            full_acc=96.5,
+        )
+        for k, method in enumerate(("random", "DM", "DC"))
+        for dataset, ipc in (("digits", 1), ("digits", 10), ("photos16", 10))
+    ]
+    return tables.rows_to_frame(rows)
+
+
+def _figures() -> dict:
+    rng = np.random.default_rng(0)
+    images, labels = torch.from_numpy(rng.random((20, 3, 8, 8))), torch.arange(10).repeat(2)
+    points = rng.normal(size=(60, 2))
+    return {
+        "grid": lambda: plots.image_grid(images, labels, CLASSES, "Images"),
+        "row": lambda: plots.image_grid(images[:10, :1], labels[:10], CLASSES),
+        "film": lambda: plots.film_strip(images.reshape(5, 4, 3, 8, 8), [0, 1, 10, 100, 1000], CLASSES[:4]),
+        "curves": lambda: plots.curves({"DM": rng.random((3, 50)), "DC": rng.random(50)}, title="Loss"),
+        "ipc": lambda: plots.accuracy_vs_ipc(_frame(), "Accuracy"),
+        "scatter": lambda: plots.embedding_scatter(
+            points, rng.integers(0, 10, 60), ["real"] * 50 + ["DM"] * 10, CLASSES
+        ),
+        "heatmap": lambda: plots.heatmap(rng.random((3, 4)), np.full((3, 4), 0.1), CLASSES[:3], CLASSES[:4]),
+        "bars": lambda: plots.bars(["random", "DM"], [64.5, 86.4], [6.8, 1.2], reference=("whole set", 96.5)),
+    }
+
+
+@pytest.mark.parametrize("name", list(_figures()))
+def test_figures_are_drawn_at_the_size_they_state(name, tmp_path):
+    fig = _figures()[name]()
+    style.save_png(fig, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+        assert "Software" not in image.info
+    width, height = fig.get_size_inches() * 150
+    assert pixels.shape[:2] == pytest.approx((height, width), abs=1.01)
+    assert pixels.std() > 10 and (pixels == 255).all(-1).mean() > 0.02  # neither blank nor filled
+    assert fig.get_size_inches()[0] <= 11
+
+
+@pytest.mark.parametrize("name", ["curves", "ipc", "bars"])
+def test_the_same_figure_is_the_same_bytes(name, tmp_path):
+    files = [tmp_path / f"{k}.{kind}" for k in range(2) for kind in ("png", "svg")]
+    for k in range(2):
+        fig = _figures()[name]()
+        style.save_png(fig, files[2 * k])
+        assert style.save_svg(fig, files[2 * k + 1], 200_000)
+    assert files[0].read_bytes() == files[2].read_bytes()
+    assert files[1].read_bytes() == files[3].read_bytes()
+
+
+def test_svg_only_where_it_is_light(tmp_path):
+    path = tmp_path / "a.svg"
+    assert not style.save_svg(_figures()["grid"](), path, 10**9) and not path.exists()  # pictures
+    assert style.save_svg(_figures()["bars"](), path, 10**9)
+    assert not style.save_svg(_figures()["bars"](), path, 1000) and not path.exists()  # an older one goes
+
+
+def test_an_image_grid_shows_the_pixels_themselves():
+    images = torch.zeros(4, 1, 2, 2)
+    images[3, 0, 0, 1] = 5.0  # clipped to white
+    images[1] = -1.0
+    fig = plots.image_grid(images, torch.tensor([0, 0, 1, 1]), ["a", "b"])
+    canvas = fig.axes[0].images[0].get_array()
+    tile = (canvas.shape[0] - 4) // 2
+    second = canvas[tile + 4 :, tile + 4 :]  # row of class b, second image
+    assert (second[: tile // 2, tile // 2 :] == 1).all() and (second[tile // 2 :] == 0).all()
+    assert (canvas[:tile, :tile] == 0).all() and (canvas[tile : tile + 4] == 1).all()
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a", "b"]
+
+
+def test_classes_without_images_leave_no_gap():
+    fig = plots.image_grid(torch.rand(3, 1, 4, 4), torch.tensor([0, 2, 2]), ["a", "b", "c"], columns=1)
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["a", "c"]
+
+
+def test_wrong_shapes_are_told():
+    with pytest.raises(CompanionError, match="1 or 3 channels"):
+        plots.image_grid(torch.rand(3, 2, 4, 4), torch.arange(3), CLASSES)
+    with pytest.raises(CompanionError, match="2 snapshots and 3 steps"):
+        plots.film_strip(torch.rand(2, 1, 1, 4, 4), [0, 1, 2])
+
+
+def test_curves_band_is_one_standard_deviation():
+    runs = np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 5.0]])
+    ax = plots.curves({"DM": runs}).axes[0]
+    assert ax.lines[0].get_ydata() == pytest.approx([2, 2, 4])
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(4 + np.sqrt(2))
+    assert ax.get_legend().get_texts()[0].get_text() == "DM (n = 2)"
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_smoothing_keeps_positions():
+    ax = plots.curves({"DM": np.arange(10.0)}, smooth=3).axes[0]
+    assert list(ax.lines[0].get_xdata()) == list(range(3, 11))
+    assert ax.lines[0].get_ydata() == pytest.approx(np.arange(1, 9))
+    assert "mean of 3" in ax.get_ylabel()
+
+
+def test_accuracy_plot_has_baseline_and_ceiling():
+    fig = plots.accuracy_vs_ipc(_frame())
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["digits", "photos16"]
+    labels = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert labels == ["random real images", "whole training set", "DM", "DC"]
+    band = fig.axes[1].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (58, 62)  # random: 60 +- 2
+    assert "(%)" in fig.axes[0].get_ylabel()
+
+
+def test_lines_differ_without_colour():
+    fig = plots.curves({str(k): np.arange(5.0) + k for k in range(6)})
+    assert len({str(line._dash_pattern) for line in fig.axes[0].lines}) >= 5
+
+
+def test_embeddings_have_two_dimensions():
+    features = np.random.default_rng(0).normal(size=(12, 3, 4))
+    assert plots.embed_2d(features).shape == plots.embed_2d(features, "tsne").shape == (12, 2)
+    with pytest.raises(CompanionError, match="embedding 'umap'.*pca, tsne"):
+        plots.embed_2d(features, "umap")
+
+
+def test_heatmap_writes_mean_and_spread():
+    fig = plots.heatmap([[50.0, np.nan]], [[1.0, np.nan]], ["a"], ["x", "y"])
+    assert [text.get_text() for text in fig.axes[0].texts] == ["50.0 ± 1.0", ""]
+
+
+def test_a_run_keeps_figure_and_caption(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPANION_OUT", str(tmp_path))
+    monkeypatch.delenv("COMPANION_RUN", raising=False)
+    strict = torch.are_deterministic_algorithms_enabled()
+    run = start("20_dm")
+    torch.use_deterministic_algorithms(strict)
+    fig = _figures()["curves"]()
+    run.save_figure(fig, "loss", "The loss falls", thumbnail=True)
+    assert run.saved["figures"]["loss"] == {
+        "file": "figures/cpu/20_dm/loss.png",
+        "caption": "The loss falls",
+        "thumbnail": True,
+        "svg": True,
+    }
+    assert (run.figures / "loss.png").is_file() and (run.figures / "loss.svg").is_file()
+    assert plt.fignum_exists(fig.number)  # outside a notebook nothing is closed

@@ -1,0 +1,240 @@
+"""The table of notebooks (notebooks.yaml), their parameters, and the request that a run carries out."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from lib.errors import CompanionError, unknown
+
+RESOURCES = ("cpus", "mem_mb", "runtime", "gpu")
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One row: ``resources[profile]`` has the keys of :data:`RESOURCES`."""
+
+    name: str
+    title: str
+    reads: tuple[str, ...]
+    resources: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows in running order, the names of the profiles, and what each notebook writes."""
+
+    notebooks: Mapping[str, Notebook]
+    profiles: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def load(root: Path) -> Table:
+    """Read ``root/workflow/notebooks.yaml``.
+
+    Raises:
+        CompanionError: a row reads a notebook that is not in the table, or misspells a profile or a resource.
+    """
+    content = yaml.safe_load((root / "workflow" / "notebooks.yaml").read_text(encoding="utf-8"))
+    rows, defaults = content["notebooks"] or {}, content["resources"]
+    notebooks = {}
+    for name, row in rows.items():
+        reads = [other for other in rows if other != name] if row["reads"] == "all" else row["reads"]
+        changed = row.get("resources", {})
+        for kind, given, allowed in (
+            ("notebook", reads, rows),
+            ("profile", changed, defaults),
+            ("resource", [key for values in changed.values() for key in values], RESOURCES),
+        ):
+            for value in given:
+                if value not in allowed:
+                    raise unknown(f"{kind} in the row {name} of notebooks.yaml:", value, allowed)
+        resources = {profile: values | changed.get(profile, {}) for profile, values in defaults.items()}
+        notebooks[name] = Notebook(name, row["title"], tuple(reads), resources)
+    return Table(notebooks, tuple(defaults), tuple(content["outputs"]))
+
+
+def select(table: Table, names: Iterable[str] | None) -> tuple[str, ...]:
+    """The notebooks meant by ``names`` (full names or beginnings that fit exactly one), in running order; all for None.
+
+    Raises:
+        CompanionError: for a name that fits none or several.
+    """
+    if names is None:
+        return tuple(table.notebooks)
+    chosen = set()
+    for name in names:
+        word = Path(name).name.removesuffix(".ipynb")
+        fits = [known for known in table.notebooks if known == word] or [
+            known for known in table.notebooks if known.startswith(word)
+        ]
+        if not fits:
+            raise unknown("notebook", name, table.notebooks)
+        if len(fits) > 1:
+            raise CompanionError(f"the notebook {name!r} fits several; allowed: {', '.join(fits)}")
+        chosen.update(fits)
+    return tuple(name for name in table.notebooks if name in chosen)
+
+
+# ------------------------------------------------------------------ parameters
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a notebook's ``parameters`` cell."""
+
+    name: str
+    types: tuple[str, ...]  # from the hint, such as ("int", "None"); from the default where there is no hint
+    default: object
+
+
+def parameters_of(path: Path) -> dict[str, Parameter]:
+    """The parameters of a notebook, from its cell tagged ``parameters``.
+
+    Read with ``ast`` because ``papermill.inspect_notebook`` passes over hints such as ``int | None``.
+
+    Raises:
+        CompanionError: if the notebook is missing or not exactly one cell has the tag, or one holds more than literals.
+    """
+    cells = _cells(path)
+    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise CompanionError(f"{path.name} must have one cell tagged 'parameters', it has {len(tagged)}")
+    found = {}
+    try:
+        for line in ast.parse("".join(tagged[0]["source"])).body:
+            target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
+            default = ast.literal_eval(line.value)
+            hint = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else type(default).__name__
+            types = tuple(
+                re.sub(r"\[.*\]", "", word).strip() for word in re.sub(r"\[.*\]", "", hint).split("|")
+            )
+            found[target.id] = Parameter(target.id, types, default)
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise CompanionError(
+            f"the parameters cell of {path.name} may hold only lines such as `ipc: int = 1`"
+        ) from error
+    return found
+
+
+def _cells(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise CompanionError(f"the notebook {path} of workflow/notebooks.yaml does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError) as error:
+        raise CompanionError(f"{path} is not a notebook") from error
+
+
+def value_of(parameter: Parameter, text: str) -> object:
+    """``text`` from the command line as the parameter's type.
+
+    Raises:
+        CompanionError: if it is none of the types.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if (
+        "str" in parameter.types
+        and not isinstance(value, str)
+        and not (value is None and "None" in parameter.types)
+    ):
+        value = text
+    kind = "None" if value is None else type(value).__name__
+    if kind == "int" and "float" in parameter.types and "int" not in parameter.types:
+        return float(value)
+    if kind not in parameter.types:
+        raise CompanionError(
+            f"the parameter {parameter.name} takes {' or '.join(parameter.types)} (default {parameter.default!r}), not {text!r}"
+        )
+    return value
+
+
+# ------------------------------------------------------------------ a run
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run: the science profile, parameters that differ from the notebooks' defaults, and which notebooks."""
+
+    profile: str
+    notebooks: tuple[str, ...]
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def run(self) -> str:
+        """Name of the folder under ``results/`` and ``figures/``: ``cpu``, or ``cpu+dataset=photos16+ipc=10``."""
+        return "+".join(
+            [self.profile, *(f"{name}={_word(value)}" for name, value in sorted(self.parameters.items()))]
+        )
+
+    def config(self) -> dict:
+        """The request as Snakemake's config."""
+        return {
+            "profile": self.profile,
+            "notebooks": list(self.notebooks),
+            "parameters": dict(self.parameters),
+        }
+
+
+def request_from(config: Mapping, table: Table) -> Request:
+    """The request in Snakemake's config; everything at the ``cpu`` profile if it is empty.
+
+    Raises:
+        CompanionError: for an unknown profile or notebook.
+    """
+    profile = config.get("profile", "cpu")
+    if profile not in table.profiles:
+        raise unknown("profile", profile, table.profiles)
+    return Request(profile, select(table, config.get("notebooks")), dict(config.get("parameters", {})))
+
+
+def _word(value: object) -> str:
+    """A value as part of a folder name; what does not fit there is shortened to a hash."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text):
+        return text
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parameters_for(request: Request, known: Mapping[str, Parameter]) -> dict:
+    """What papermill gives to one notebook: the profile and those changed parameters that the notebook has."""
+    given = {"profile": request.profile, **request.parameters}
+    return {name: value for name, value in given.items() if name in known}
+
+
+def check_parameters(
+    given: Sequence[tuple[str, str]], known: Mapping[str, Mapping[str, Parameter]], strict: bool
+) -> dict:
+    """Command-line texts as values, checked against the notebooks that are to run.
+
+    Args:
+        given: (name, text) pairs.
+        known: per notebook its parameters.
+        strict: every notebook must have every parameter (the notebooks were named); otherwise one of them is enough.
+
+    Raises:
+        CompanionError: for a name that no (``strict``: not every) notebook has, and for a value of the wrong type.
+    """
+    values = {}
+    for name, text in given:
+        having = [nb for nb, parameters in known.items() if name in parameters]
+        lacking = [nb for nb in known if nb not in having]
+        if lacking and (strict or not having):
+            allowed = set.intersection(*(set(known[nb]) for nb in lacking)) - {"profile"}
+            where = "" if not having else f" of {', '.join(lacking)}"
+            raise unknown(f"parameter{where}", name, allowed)
+        if name == "profile":
+            raise CompanionError("the profile is chosen by --profile NAME, not by -p")
+        for nb in having:
+            values[name] = value_of(known[nb][name], text)
+    return values
