@@ -168,7 +168,8 @@ set_up() {
   # pip unpacks in TMPDIR; /tmp is often too small for it, this folder's disk was checked above
   export TMPDIR=$root/.setup/tmp PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
   step "installing requirements.lock" "$python" -m pip install -r requirements.lock
-  step "installing the project" "$python" -m pip install --no-deps --no-build-isolation -e "$root"
+  # compat: a plain path entry, so that a clone never finds another clone's modules through a shared environment
+  step "installing the project" "$python" -m pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e "$root"
   unset TMPDIR
   rm -rf -- "$root/.setup/tmp"
   echo "$wanted" >"$stamp"

@@ -54,17 +54,18 @@ def color(x: Tensor, u: Tensor) -> Tensor:
 
 def crop(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Integer shift, $y[r, q] = x[r + t_r, q + t_c]$, zero outside."""
-    return _shift(_shift(x, rows, 2), cols, 3)
+    (row, row_inside), (col, col_inside) = (
+        _shifted(offset, side) for offset, side in zip((rows, cols), x.shape[2:], strict=True)
+    )
+    index = (row[:, :, None] * x.shape[3] + col[:, None, :]).flatten(1)  # (n, h w)
+    y = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+    return y * (row_inside[:, :, None] & col_inside[:, None, :])[:, None]
 
 
-def _shift(x: Tensor, offset: Tensor, dim: int) -> Tensor:
-    side = x.shape[dim]
-    source = torch.arange(side, device=x.device) + offset[:, None].long()  # (n, side)
-    shape = [x.shape[0], 1, 1, 1]
-    shape[dim] = side
-    inside = ((source >= 0) & (source < side)).view(shape)
-    index = source.clamp(0, side - 1).view(shape).expand(-1, x.shape[1], *x.shape[2:])
-    return x.gather(dim, index) * inside
+def _shifted(offset: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Source positions of a shifted line, and which of them exist, both ``(n, side)``."""
+    source = torch.arange(side, device=offset.device) + offset[:, None].long()
+    return source.clamp(0, side - 1), (source >= 0) & (source < side)
 
 
 def cutout(x: Tensor, row_center: Tensor, col_center: Tensor, size: int) -> Tensor:
@@ -90,17 +91,27 @@ def flip(x: Tensor, u: Tensor) -> Tensor:
 def scale(x: Tensor, sx: Tensor, sy: Tensor) -> Tensor:
     """Affine resampling by ``diag(sx, sy)``: a factor above 1 shrinks the content."""
     zero = torch.zeros_like(sx)
-    return _warp(x, torch.stack([sx, zero, zero, zero, sy, zero], 1))
+    return _warp(x, (sx, zero), (zero, sy))
 
 
 def rotate(x: Tensor, radians: Tensor) -> Tensor:
     """Rotation of the sampling grid by the given angles."""
-    zero, c, s = torch.zeros_like(radians), radians.cos(), radians.sin()
-    return _warp(x, torch.stack([c, -s, zero, s, c, zero], 1))
+    c, s = radians.cos(), radians.sin()
+    return _warp(x, (c, -s), (s, c))
 
 
-def _warp(x: Tensor, theta: Tensor) -> Tensor:
-    grid = F.affine_grid(theta.view(-1, 2, 3).to(x.dtype), list(x.shape), align_corners=False)
+def _warp(x: Tensor, *matrix: tuple[Tensor, Tensor]) -> Tensor:
+    """Sample where a 2x2 matrix per image, given by its two rows, sends every pixel.
+
+    The same as ``F.affine_grid`` without its products of thin matrices: a third of the time, and full precision on a GPU.
+    """
+    down, across = (
+        (torch.arange(side, device=x.device, dtype=x.dtype) * 2 + 1) / side - 1 for side in x.shape[2:]
+    )
+    grid = [
+        a.to(x.dtype)[:, None, None] * across + b.to(x.dtype)[:, None, None] * down[:, None] for a, b in matrix
+    ]
+    grid = torch.stack(grid, 1).permute(0, 2, 3, 1)  # cheaper than interleaving the two coordinates
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -140,6 +151,9 @@ FAMILIES = {
     "scale": _random_scale,
     "rotate": lambda x, u: rotate(x, (2 * u[:, 0] - 1) * math.radians(ROTATE_DEGREES)),
 }
+
+
+WORTH_A_CALL = 2**16  # values of one family below which an operation costs more than moving the rows together
 
 
 # -- drawing and applying -----------------------------------------------------------------------------------------------
@@ -240,17 +254,17 @@ def _dense(names: tuple[str, ...], x: Tensor, choice: Tensor, u: Tensor) -> Tens
 
 
 def _by_family(names: tuple[str, ...], x: Tensor, choice: Tensor, u: Tensor) -> Tensor:
-    """The rows of a family together, each family once."""
-    sizes = torch.bincount(choice, minlength=len(names)).tolist()
-    if max(sizes) == len(x):
-        return FAMILIES[names[sizes.index(len(x))]](x, u)
-    order = torch.argsort(choice, stable=True)
+    """Run by run of neighbouring rows with the same family; many short runs are first brought together by family."""
+    families, sizes = (run.tolist() for run in torch.unique_consecutive(choice, return_counts=True))
+    if len(families) > len(names) and x.numel() < len(families) * WORTH_A_CALL:
+        order = torch.argsort(choice, stable=True)
+        y = _by_family(names, x.index_select(0, order), choice[order], u.index_select(0, order))
+        return y.index_select(0, torch.argsort(order))
     parts = [
-        FAMILIES[name](x[rows], u[rows])
-        for name, rows in zip(names, order.split(sizes), strict=True)
-        if len(rows)
+        FAMILIES[names[family]](rows, numbers)
+        for family, rows, numbers in zip(families, x.split(sizes), u.split(sizes), strict=True)
     ]
-    return torch.cat(parts)[torch.argsort(order)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def cutmix(x: Tensor, partner: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

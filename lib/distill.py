@@ -26,6 +26,7 @@ from lib.nets.ensemble import Ensemble
 from lib.sources import code_digest
 from lib.synset import SyntheticSet, check_ipc, read_safetensors
 
+CHECKPOINT = {"key", "configuration", "done", "generator", "state", "seconds", "history", "snapshots"}
 GUARD_EVERY = 10  # steps between two looks at the metrics (a look waits for a GPU)
 
 
@@ -245,7 +246,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content; nothing in it can run code."""
     try:
         packed = torch.load(path, weights_only=True, map_location="cpu")
-        if isinstance(packed, dict) and {"key", "state", "generator", "done"} <= packed.keys():
+        if isinstance(packed, dict) and CHECKPOINT <= packed.keys():
             return packed
     except Exception as error:  # torch.load raises a dozen kinds for damaged files
         raise CompanionError(

@@ -180,7 +180,9 @@ class SyntheticSet:
                 meta=about["meta"],
                 **rest,
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except CompanionError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise CompanionError(
                 f"{path} is damaged: its header or tensors are incomplete ({error})"
             ) from error

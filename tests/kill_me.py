@@ -1,7 +1,7 @@
 """Kills a distillation at chosen steps, starts it again each time, and compares with a run that nobody disturbed.
 
-``python kill_me.py METHOD FOLDER`` writes ``killed.safetensors``, ``calm.safetensors`` and ``log.json`` to the folder. Every run
-is a process of its own, forked before any work was done, and ended by SIGKILL.
+``python kill_me.py FOLDER`` writes ``killed.safetensors``, ``calm.safetensors`` and ``log.json`` to a folder for each method.
+Every run is a process of its own, forked before any work was done, and ended by SIGKILL.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch._dynamo  # the first optimiser imports it, and tqdm.auto comes with the first run: once is enough
+import tqdm.auto  # noqa: F401
 from helpers import toy_data
 
 from lib.distill import distill
@@ -24,18 +26,25 @@ from lib.methods.dsa import DSA
 
 METHODS = {
     "dm": DM(iterations=60, real_batch=8, network="convnet-d2-w4"),
-    "dm-batch": DM(iterations=60, real_batch=8, network="convnet-d2-w4-batch", init="noise"),
     # 20 networks, 3 matching steps each: a checkpoint at a multiple of 10 falls into the middle of a network's life
     "dc": DC(outer=20, inner=3, epochs=2, real_batch=8, network="convnet-d2-w4", network_batch=4),
-    "dsa-batch": DSA(outer=20, inner=3, epochs=2, real_batch=8, network="convnet-d2-w4-batch", network_batch=4),
+    "dsa-batch": DSA(
+        outer=20, inner=3, epochs=2, real_batch=8, network="convnet-d2-w4-batch", network_batch=4
+    ),
 }
-KILLS = (4, 13, 27, "writing", 45)  # the first comes before any checkpoint
+KILLS = (4, 13, "writing", 45)  # the first comes before any checkpoint
 
 
-def run(method, checkpoint: Path | None, result: Path, report, stall: bool) -> None:
-    """The whole distillation; says every step, and stops in the middle of its second checkpoint when asked to stall."""
+def run(method, checkpoint: Path | None, result: Path, report, until: int | str | None) -> None:
+    """The whole distillation; says every step, and waits for its end at the step, or the half written file, of ``until``."""
     torch.set_num_threads(1)
-    if stall:
+
+    def say(step: int, *_) -> None:
+        report(step)
+        if step == until:
+            time.sleep(600)
+
+    if until == "writing":
         write, writes = Path.write_bytes, []
 
         def half(self, data):
@@ -46,11 +55,11 @@ def run(method, checkpoint: Path | None, result: Path, report, stall: bool) -> N
                 file.write(data[: len(data) // 2])
                 file.flush()
             report("writing")
-            time.sleep(60)
+            time.sleep(600)
 
         Path.write_bytes = half
     options = {"checkpoint": checkpoint, "checkpoint_seconds": 0.0, "snapshots": (0, 5, 30, 60)}
-    done = distill(method, toy_data().train, 2, 7, **options, callback=lambda step, *_: report(step))
+    done = distill(method, toy_data().train, 2, 7, **options, callback=say)
     tensors = {"codes": done.synset.codes, "labels": done.synset.labels}
     tensors |= {f"history.{name}": values for name, values in done.history.items()}
     tensors |= {f"snapshot.{step}": images.contiguous() for step, images in done.snapshots.items()}
@@ -64,7 +73,7 @@ def spawn(*arguments, until=None) -> list:
     if pid == 0:
         os.close(read)
         try:
-            run(*arguments, lambda what: os.write(write, f"{what}\n".encode()), until == "writing")
+            run(*arguments, lambda what: os.write(write, f"{what}\n".encode()), until)
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -84,6 +93,7 @@ def spawn(*arguments, until=None) -> list:
 
 
 def main(name: str, folder: Path) -> None:
+    folder.mkdir()
     method, checkpoint = METHODS[name], folder / "run.checkpoint"
     log = []
     for kill in KILLS:
@@ -96,4 +106,5 @@ def main(name: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for method in METHODS:
+        main(method, Path(sys.argv[1]) / method)

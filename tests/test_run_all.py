@@ -386,18 +386,18 @@ def test_clean_keeps_committed_results_environment_and_data(project):
 def test_test_command_fails_if_either_part_fails(project):
     (project / "tests").mkdir()
     (project / "tests/test_it.py").write_text("def test_it(): pass\n")
-    write_notebook(project, "10_one", "print(1)")
+    write_notebook(project, "10_one", "print(1)", write="")
     for name in NAMES[1:]:
         (project / f"notebooks/{name}.ipynb").unlink()
-    edit(project / "notebooks/10_one.ipynb", lambda nb: nb["cells"].pop())
+
+    def store(text: str) -> None:
+        cell = {"outputs": [{"output_type": "stream", "name": "stdout", "text": text}], "execution_count": 1}
+        edit(project / "notebooks/10_one.ipynb", lambda notebook: notebook["cells"][2].update(cell))
+
+    store("2\n")
     done = call(project, "test")
     assert done.returncode == 1 and "1 passed" in done.stdout and "1 failed" in done.stdout, done.stdout
-    edit(
-        project / "notebooks/10_one.ipynb",
-        lambda nb: nb["cells"][2].update(
-            outputs=[{"output_type": "stream", "name": "stdout", "text": "1\n"}]
-        ),
-    )
+    store("1\n")
     done = call(project, "test")
     assert done.returncode == 0, done.stdout
     assert re.search(r"passed in [\d.]+s", done.stdout.strip().splitlines()[-1])
@@ -586,7 +586,7 @@ def test_set_up_breaks_recovers_and_is_skipped(bare, tmp_path):
     assert (root / ".venv/.companion-stamp").exists()
     found = [str(root / ".venv/bin/python"), "-c", "import lib; print(lib.__file__)"]
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    where = subprocess.run(found, cwd="/", env=clean, capture_output=True, text=True).stdout.strip()
+    where = subprocess.run(found, cwd=tmp_path, env=clean, capture_output=True, text=True).stdout.strip()
     assert where == str(root / "lib/__init__.py")
 
     assert "Setting up" not in call(root, "lab", setup=True, **variables).stderr

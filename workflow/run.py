@@ -57,16 +57,6 @@ def whole(option: str, text: str, least: int) -> int:
     return int(text)
 
 
-def check_dataset(name: str) -> None:
-    """Refuse a data set that does not exist before anything runs."""
-    if importlib.util.find_spec("lib.data") is None:
-        return
-    import lib.data
-
-    if hasattr(lib.data, "check"):
-        lib.data.check(name)
-
-
 def request_of(given: argparse.Namespace, table: Table) -> Request:
     """The request meant by the command line, every name and value checked.
 
@@ -88,9 +78,6 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
         whole("--seed", given.seed, 0)
     chosen = select(table, given.only)
     request_from({"profile": given.profile}, table)
-    if given.dataset is not None:
-        check_dataset(given.dataset)
-
     pairs = [(name, getattr(given, name)) for name in SHORTCUTS if getattr(given, name) is not None]
     for text in given.p:
         name, equals, value = text.partition("=")
@@ -99,6 +86,10 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
         pairs.append((name, value))
     known = {name: parameters_of(ROOT / "notebooks" / f"{name}.ipynb") for name in chosen}
     parameters = check_parameters(pairs, known, strict=given.only is not None)
+    if given.dataset is not None:
+        import lib.data
+
+        lib.data.check(given.dataset)
     for name in parameters:
         without = [nb for nb in chosen if name not in known[nb]]
         if without:
@@ -244,7 +235,7 @@ def alone(request: Request) -> Iterator[None]:
 
 def build_gallery(request: Request) -> int:
     """Tables and figures/index.html from whatever has run."""
-    if importlib.util.find_spec("lib.companion.gallery") is None:
+    if not (ROOT / "lib" / "companion" / "gallery.py").is_file():
         print("no gallery: lib/companion/gallery.py does not exist")
         return 0
     log = ROOT / "results" / "logs" / request.run / "gallery.log"

@@ -287,6 +287,19 @@ def bars(
     return fig
 
 
+def cost_scatter(seconds, values, errors, names: Sequence[str], title: str = ""):
+    """Accuracy against seconds per set (logarithmic), each method labelled."""
+    seconds, values = array(seconds).astype(float), array(values).astype(float)
+    errors = np.nan_to_num(array(errors).astype(float))
+    fig, ax = _axes()
+    for k, name in enumerate(names):
+        look = {"color": PALETTE[k % 10], "marker": MARKERS[k % 10], "capsize": 3, "linestyle": "none"}
+        ax.errorbar(seconds[k], values[k], errors[k], label=name, **look)
+    ax.set(xlabel="seconds per set", ylabel=ACCURACY, title=title, xscale="log")
+    fig.legend(loc="outside right center")
+    return fig
+
+
 def array(values) -> np.ndarray:
     """A numpy array of a tensor (any device), array or list."""
     return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)

@@ -28,12 +28,12 @@ class Profile:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("cpu", (("digits", 1), ("photos16", 10)), 3, 5, 8, "cpu", "about a minute on two cores"),
+        Profile("cpu", (("digits", 1), ("photos16", 10)), 3, 3, 8, "cpu", "about a minute on two cores"),
         Profile(
             "photos",
             (("photos32", 1), ("photos32", 10)),
             3,
-            5,
+            3,
             8,
             "cpu",
             "32-pixel colour, minutes on two cores",

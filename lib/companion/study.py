@@ -1,4 +1,4 @@
-"""One case of a run (a data set at an IPC): data, protocols, distilled sets, baselines and table rows, the same in every notebook."""
+"""One case of a run (a data set at an IPC): data, protocols, distilled sets, baselines and rows, alike in every notebook."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lib import data as datasets
-from lib.companion import tables
+from lib.companion import plots, tables
+from lib.companion.published import quoted
 from lib.companion.run import Run
 from lib.distill import Distilled, distill
 from lib.evaluate import Evaluation, Protocol, evaluate, full_data_accuracy, protocol
 from lib.synset import check_ipc
 
 SMALL = ("digits", "photos16", "photos32")
+FULL_EPOCHS = {"digits": 30, "photos16": 15, "photos32": 15}
+RANDOM_NETWORKS = 1  # per draw: with eight draws the draws, not the networks, make the spread
 SEED_STEP = 1000  # run seed 1 never meets the sets of run seed 0
 
 
@@ -95,20 +100,47 @@ class Case:
         distilled = self.distil(method, sets, snapshots)
         return Result(name, distilled, self.evaluate(distilled, protocol, networks))
 
-    def random(self, method, protocol: Protocol | None = None) -> Result:
+    def random(self, method, protocol: Protocol | None = None, networks: int | None = None) -> Result:
         """The baseline: more draws than any method gets, since draws of few images differ by ten points."""
-        return self.study("random", method, protocol, sets=self.run.profile.random_draws)
+        draws = self.run.profile.random_draws
+        return self.study("random", method, protocol, sets=draws, networks=networks or RANDOM_NETWORKS)
+
+    def losses(self, result: Result, name: str = "loss") -> torch.Tensor:
+        """A metric of every step of every set, ``(sets, steps)``."""
+        return torch.stack([one.history[name] for one in result.distilled])
+
+    def show(self, result: Result, *, columns: int = 10, thumbnail: bool = False) -> None:
+        """Save the images of the first set: at the start and at the end of the distillation, and a film strip between them."""
+        one, name = result.distilled[0], f"{result.method.lower()}_{self.dataset}_ipc{self.ipc}"
+        labels, classes, end = one.synset.hard_labels.cpu(), one.synset.classes, one.synset.viewable().cpu()
+        begin = one.snapshots.get(0, end[:0])[: len(end)]
+        for part, images in (("start", begin), ("end", end)):
+            if len(images):
+                steps = "before the first step" if part == "start" else "distilled"
+                figure = plots.image_grid(
+                    images, labels, classes, f"{result.method} on {self!r}, {steps}", columns
+                )
+                text = f"{result.method} on {self!r}: images {steps}, by class."
+                self.run.save_figure(figure, f"{part}_{name}", text, thumbnail=thumbnail and part == "end")
+        if len(one.snapshots) > 1:
+            first = [int((labels == c).nonzero()[0]) for c in range(min(4, len(classes)))]
+            film = torch.stack([one.snapshots[step][first] for step in sorted(one.snapshots)])
+            figure = plots.film_strip(
+                film, sorted(one.snapshots), list(classes[:4]), f"{result.method} on {self!r}"
+            )
+            self.run.save_figure(
+                figure, f"film_{name}", f"One image of four classes while {result.method} runs."
+            )
 
     @functools.cached_property
     def full(self) -> Evaluation:
         """The ceiling: the same network on all training data."""
         with self.run.stage(f"full data on {self!r}"):
-            return full_data_accuracy(self.data, self.plain, self.run.seed)
+            return full_data_accuracy(self.data, self.plain, self.run.seed, networks=3, epochs=FULL_EPOCHS.get(self.dataset, 200))
 
-    def row(
-        self, result: Result, *, random: Result | None = None, paper: tuple[float, str] | None = None
-    ) -> tables.Row:
-        """The tidy row of a result; ``paper`` is a published accuracy (percent) and where it is from."""
+    def row(self, result: Result, *, random: Result | None = None) -> tables.Row:
+        """The tidy row of a result, with the published accuracy of the same method, data set and IPC if there is one."""
+        paper = quoted(result.method, self.dataset, self.ipc)
         evaluation, one = result.evaluation, result.distilled[0].synset
         sets, networks = evaluation.accuracy.shape
         return self.run.row(

@@ -81,11 +81,11 @@ class Protocol:
 
 
 # The small protocols on the embedded data sets: a network and a schedule that two cores train in a second. Digits keep the
-# published schedule; the photographs have ten times the arithmetic and get a third of the epochs at three times the rate.
+# published schedule; the photographs have ten times the arithmetic and get a fifth of the epochs, at five times the rate, which falls along a cosine.
 _SMALL = {
     "digits": {"network": "convnet-d2-w32"},
-    "photos16": {"network": "convnet-d3-w32", "epochs": 100, "lr": 0.03},
-    "photos32": {"network": "convnet-d3-w32", "epochs": 100, "lr": 0.03},
+    "photos16": {"network": "convnet-d3-w32", "epochs": 60, "lr": 0.05, "schedule": "cosine"},
+    "photos32": {"network": "convnet-d3-w32", "epochs": 60, "lr": 0.05, "schedule": "cosine"},
 }
 
 PROTOCOLS = {

@@ -1,23 +1,41 @@
 """One file per paper. A method is a frozen dataclass: its fields are the paper's hyper-parameters, its functions
 ``begin``, ``step`` and ``finish`` are the algorithm; ``lib.distill.distill`` owns the loop.
+
+Beside each method stand its ``PRESETS``: the published settings (``paper...``) and the small ones of the embedded data sets.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from lib.errors import unknown
+from lib.errors import choose
 
 T = TypeVar("T")
 
+# name -> (module, class); a new paper adds a line
+METHODS = {
+    "random": ("lib.methods.selection", "RandomReal"),
+    "herding": ("lib.methods.selection", "Herding"),
+    "k_center": ("lib.methods.selection", "KCenter"),
+    "dc": ("lib.methods.dc", "DC"),
+    "dsa": ("lib.methods.dsa", "DSA"),
+    "dm": ("lib.methods.dm", "DM"),
+}
 
-def preset(table: Mapping[str, T], name: str, fallback: str = "paper") -> T:
-    """A method's settings for a data set, or its published ones where the data set has none of its own.
 
-    Raises:
-        CompanionError: neither ``name`` nor ``fallback`` is in the table.
-    """
-    if name not in table and fallback not in table:
-        raise unknown("preset", name, table)
-    return table.get(name, table.get(fallback))
+def method(name: str) -> type:
+    """The class of a method by its short name, or a one-line error that lists them."""
+    module, attribute = choose("method", name, METHODS)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def preset(table: Mapping[str, T], name: str) -> T:
+    """Named settings of a method, or a one-line error that lists them."""
+    return choose("preset", name, dict(table))
+
+
+def settings(table: Mapping[str, T], dataset: str) -> T:
+    """A method's settings for a data set: its own preset where it has one, else the published one."""
+    return table.get(dataset, table["paper"])

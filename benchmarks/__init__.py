@@ -1,0 +1,1 @@
+"""What the library's fast paths gain over plain loops: ``python -m benchmarks``."""

@@ -1,0 +1,318 @@
+"""The library's hot spots at a given size, each beside the plain loop of ``benchmarks.reference``."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks import reference
+from benchmarks.harness import REFERENCE, HotSpot, difference
+from lib import augment, nets
+from lib.data.imageset import NATURAL, ImageSet
+from lib.data.whitening import Standardise
+from lib.evaluate import run
+from lib.evaluate.protocol import Protocol
+from lib.methods.dc import DC
+from lib.methods.dm import DM
+from lib.methods.dsa import DSA
+from lib.methods.pixels import augment_by_class, by_class
+from lib.nets.ensemble import Ensemble
+from lib.synset import SyntheticSet, class_major
+from lib.train import _Chance, predict
+
+NETWORKS = 5
+# Relative error of image gradients. Half precision of the real side only; cancelling class means amplify it in DM.
+FLOAT32, BFLOAT16 = 2e-3, 0.2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Shapes of one benchmark; random images, 3 channels."""
+
+    side: int
+    depth: int
+    width: int
+    classes: int = 10
+    ipc: int = 10
+    real: int = 64  # per class and step
+    test: int = 2000
+    epochs: int = 10  # of the evaluation networks, in one timed call
+    mixed: bool = False  # also time bfloat16 where the library offers it
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def network(self) -> str:
+        return f"convnet-d{self.depth}-w{self.width}"
+
+    def images(self, count: int, seed: int) -> ImageSet:
+        """``count`` random images per class."""
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randn(self.classes * count, 3, self.side, self.side, generator=generator)
+        names = tuple(f"class {c}" for c in range(self.classes))
+        transform = Standardise(torch.full((3,), 0.5), torch.full((3,), 0.25))
+        return ImageSet("random", pixels, class_major(self.classes, count, "cpu"), names, transform, NATURAL).to(
+            self.device
+        )
+
+    def generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def plain_network(self, state: dict[str, Tensor] | None = None) -> reference.ConvNet:
+        network = reference.ConvNet(3, self.classes, self.side, self.width, self.depth).to(self.device)
+        if state is not None:
+            network.load_state_dict(state)
+        return network
+
+
+SIZES = {
+    "S": Setting(8, 2, 32),
+    "L": Setting(32, 3, 128, test=256, epochs=1, mixed=True),
+}
+
+
+def _real_of(train: ImageSet, n: int):
+    """Class -> n of its images, drawn class by class."""
+    indices = [(train.labels == c).nonzero().flatten() for c in range(train.num_classes)]
+    return lambda c: train.images[indices[c][torch.randperm(len(indices[c]), device=train.device)[:n]]]
+
+
+def _given(names: tuple[str, ...], omega: augment.Draw) -> reference.Augment:
+    """The reference's siamese augmentation with the library's draw."""
+    return lambda c, x: reference.FAMILIES[names[omega.choice[c]]](x, omega.u[c].expand(len(x), 3))
+
+
+def _seeded(names: tuple[str, ...], counter) -> reference.Augment:
+    """The reference's own: a new seed for every step, shared by the two calls of a class."""
+    seed = next(counter)
+    return lambda c, x: reference.siamese(names, 1000 * seed + c, x)
+
+
+def _pixels(state) -> tuple[Tensor, torch.optim.Optimizer]:
+    pixels = state.pixels.detach().clone().requires_grad_()
+    return pixels, torch.optim.SGD([pixels], **{key: state.optimiser.defaults[key] for key in ("lr", "momentum")})
+
+
+def dm(setting: Setting) -> HotSpot:
+    """One DM iteration: new network, real batch, siamese augmentation, update of the pixels."""
+    train = setting.images(max(setting.real, setting.ipc), 0)
+    common = {"real_batch": setting.real, "network": setting.network}
+    methods = {"all classes at once": DM(**common)}
+    if setting.mixed:
+        methods["real side in bfloat16"] = DM(**common, mixed=True)
+    names, counter, real_of = augment.strategy(train.augmentation), itertools.count(), _real_of(train, setting.real)
+
+    def begin(method: DM):
+        return method.begin(train, setting.ipc, setting.generator(1))
+
+    pixels, optimiser = _pixels(begin(DM(**common)))
+
+    def plain() -> Tensor:
+        aug = _seeded(names, counter)
+        return reference.dm_step(setting.plain_network(), pixels, optimiser, setting.classes, real_of, aug)
+
+    def check() -> dict[str, float]:
+        g = setting.generator(2)  # the library's order of draws: weights, images, augmentation
+        state = begin(DM(**common))
+        weights = nets.initialise(state.network, g).state_dict()
+        real = train.sample(setting.real, g)
+        omega = augment.draw(names, setting.classes, g)
+        own, own_optimiser = _pixels(state)
+        network = setting.plain_network(weights)
+        loss = reference.dm_step(
+            network, own, own_optimiser, setting.classes, real.__getitem__, _given(names, omega)
+        )
+        return {name: _compare(method.step, begin(method), setting, loss, own) for name, method in methods.items()}
+
+    states = {name: begin(method) for name, method in methods.items()}
+    g = setting.generator(3)
+    candidates = {name: lambda m=m, s=states[name]: m.step(s, g) for name, m in methods.items()}
+    return HotSpot("DM step", "step", 1, {REFERENCE: plain} | candidates, check, _tolerances(methods))
+
+
+def matching(setting: Setting, augmented: bool) -> HotSpot:
+    """One matching step of DC or DSA with its update of the pixels, at a fixed network."""
+    train, kind = setting.images(max(setting.real, setting.ipc), 0), DSA if augmented else DC
+    common = {"real_batch": setting.real, "network": setting.network, "init": "real"}
+    methods = {"all classes in one graph" if setting.side < 32 or setting.device.type == "cuda"
+               else "class by class": kind(**common)}  # fmt: skip
+    if setting.mixed:
+        methods["real side in bfloat16"] = kind(**common, mixed=True)
+    names = augment.strategy(train.augmentation) if augmented else ()
+    counter, real_of = itertools.count(), _real_of(train, setting.real)
+
+    def begin(method: DC):
+        return method.begin(train, setting.ipc, setting.generator(1))
+
+    states = {name: begin(method) for name, method in methods.items()}
+    network = next(iter(states.values())).networks.network(0)
+    network = setting.plain_network(network.state_dict())
+    pixels, optimiser = _pixels(next(iter(states.values())))
+
+    def plain() -> Tensor:
+        aug = _seeded(names, counter) if names else (lambda c, x: x)
+        return reference.matching_step(network, pixels, optimiser, setting.classes, real_of, aug)
+
+    def check() -> dict[str, float]:
+        g = setting.generator(2)  # the library's order of draws: images, augmentation
+        real = train.sample(setting.real, g)
+        aug = _given(names, augment.draw(names, setting.classes, g)) if names else (lambda c, x: x)
+        own, own_optimiser = _pixels(begin(kind(**common)))
+        loss = reference.matching_step(
+            network, own, own_optimiser, setting.classes, real.__getitem__, aug
+        )
+        return {name: _compare(method.match, begin(method), setting, loss, own) for name, method in methods.items()}
+
+    g = setting.generator(3)
+    candidates = {name: lambda m=m, s=states[name]: m.match(s, g) for name, m in methods.items()}
+    title = "DSA matching step" if augmented else "DC matching step"
+    return HotSpot(title, "step", 1, {REFERENCE: plain} | candidates, check, _tolerances(methods))
+
+
+def _compare(step, state, setting: Setting, loss: Tensor, pixels: Tensor) -> float:
+    """Largest relative difference of the loss and of the image gradient, from the same generator."""
+    result = step(state, setting.generator(2))
+    ours = result["loss"] if isinstance(result, dict) else result.sum()
+    return max(difference(ours, loss), difference(state.pixels.grad, pixels.grad))
+
+
+def _tolerances(methods: dict) -> dict[str, float]:
+    return {name: BFLOAT16 if method.mixed else FLOAT32 for name, method in methods.items()}
+
+
+def evaluation(setting: Setting) -> HotSpot:
+    """Training of the evaluation networks on S, with DSA, as ``lib.evaluate`` does it."""
+    train = setting.images(setting.ipc, 0)
+    protocol = Protocol(
+        "benchmark", network=setting.network, epochs=setting.epochs, schedule="constant", augmentation="data"
+    )
+    synset = SyntheticSet(train.images, train.labels, train.classes, train.transform)
+    runs = run._together([synset], NETWORKS, train, protocol)
+    names = augment.strategy(train.augmentation)
+
+    def ours(protocol: Protocol = protocol) -> list[Ensemble]:
+        ensembles = []
+        for pairs in runs:
+            generators = [setting.generator(k) for _, k in pairs]
+            networks = Ensemble.make(setting.network, train, generators)
+            images, labels = (tensor.expand(len(pairs), *tensor.shape) for tensor in (train.images, train.labels))
+            run.train(networks, images, labels, generators, protocol, train)
+            ensembles.append(networks)
+        return ensembles
+
+    def plain() -> None:
+        for _ in range(NETWORKS):
+            network = setting.plain_network()
+            reference.train(
+                network, train.images, train.labels, setting.epochs, lambda e, b, x: reference.per_image(names, x)
+            )
+
+    def check() -> dict[str, float]:
+        short = replace(protocol, epochs=min(3, setting.epochs))
+        trained = [ensemble.network(k) for ensemble in ours(short) for k in range(ensemble.size)]
+        worst = 0.0
+        for k in range(NETWORKS):
+            generator = setting.generator(k)
+            start = Ensemble.make(setting.network, train, [generator]).network(0).state_dict()
+            chance = _Chance([generator], len(train), min(protocol.batch, len(train)), names, "single", 0.0)
+            network = setting.plain_network(start)
+            reference.train(
+                network, train.images, train.labels, short.epochs, _recorded(chance), _orders(chance)
+            )
+            learned = [_vector(net.state_dict()) - _vector(start) for net in (trained[k], network)]
+            worst = max(worst, difference(*learned))
+        return {name: worst}
+
+    name = f"{len(runs[0])} networks side by side" if len(runs) < NETWORKS else "one network, resident data"
+    units = NETWORKS * setting.epochs
+    return HotSpot(
+        "evaluation", "network-epoch", units, {REFERENCE: plain, name: ours}, check, {name: 1e-2}
+    )
+
+
+def _recorded(chance: _Chance):
+    def augmented(epoch: int, b: int, x: Tensor) -> Tensor:
+        omega = chance.omega(epoch, b)
+        return reference.FAMILIES[omega.names[omega.choice[0]]](x, omega.u[:, 0])
+
+    return augmented
+
+
+def _orders(chance: _Chance):
+    def batches(epoch: int) -> list[list[int]]:
+        rows = [chance.rows(epoch, b) for b in range(chance.batches)]
+        return [list(range(chance.m)) if row is None else row[0].tolist() for row in rows]
+
+    return batches
+
+
+def _vector(state: dict[str, Tensor]) -> Tensor:
+    # The bias of a convolution in front of an instance norm has no gradient but rounding noise.
+    return torch.cat([value.flatten() for key, value in state.items() if not _idle(key)])
+
+
+def _idle(key: str) -> bool:
+    """``features.{4i}.bias``, the bias of a convolution."""
+    part, *rest = key.split(".")
+    return part == "features" and rest[1] == "bias" and int(rest[0]) % 4 == 0
+
+
+def test_pass(setting: Setting) -> HotSpot:
+    """Accuracy of the evaluation networks on the test images."""
+    test = setting.images(max(1, setting.test // setting.classes), 4)
+    networks = Ensemble.make(setting.network, test, [setting.generator(k) for k in range(NETWORKS)])
+    plain_networks = [setting.plain_network(networks.network(k).state_dict()) for k in range(NETWORKS)]
+
+    def plain() -> list[float]:
+        return [reference.test(network, test.images, test.labels) for network in plain_networks]
+
+    def ours() -> Tensor:
+        return run.accuracy(predict(networks, test.images), test)
+
+    @torch.no_grad()
+    def check() -> dict[str, float]:
+        logits = torch.stack([network.eval()(test.images) for network in plain_networks])
+        accuracies = (ours().cpu() - torch.tensor(plain(), dtype=torch.float64)).abs().max()
+        # An image whose two best logits tie to rounding may fall either way.
+        assert accuracies * len(test) <= 2, accuracies
+        return {"chunks, networks together": difference(predict(networks, test.images), logits)}
+
+    name = "chunks, networks together"
+    return HotSpot("test pass", "network", NETWORKS, {REFERENCE: plain, name: ours}, check, {name: 1e-4})
+
+
+def siamese(setting: Setting) -> HotSpot:
+    """Siamese augmentation of the real and the synthetic batch of every class, forward."""
+    train = setting.images(max(setting.real, setting.ipc), 0)
+    real, syn = (by_class(train.images, setting.classes)[:, :n].contiguous() for n in (setting.real, setting.ipc))
+    names, g, counter = augment.strategy(train.augmentation), setting.generator(1), itertools.count()
+
+    def loop(aug: reference.Augment) -> list[Tensor]:
+        return [torch.cat([aug(c, real[c]), aug(c, syn[c])]) for c in range(setting.classes)]
+
+    def ours(omega: augment.Draw | None = None) -> tuple[Tensor, Tensor]:
+        omega = omega or augment.draw(names, setting.classes, g)
+        return augment_by_class(real, omega), augment_by_class(syn, omega)
+
+    def check() -> dict[str, float]:
+        worst = 0.0
+        for _ in range(5):
+            omega = augment.draw(names, setting.classes, g)
+            worst = max(worst, difference(torch.cat(ours(omega), 1), torch.stack(loop(_given(names, omega)))))
+        return {name: worst}
+
+    name = "rows of a family together" if setting.device.type == "cpu" else "every family, then pick"
+    candidates = {REFERENCE: lambda: loop(_seeded(names, counter)), name: ours}
+    return HotSpot("siamese DSA", "call", 1, candidates, check, {name: 1e-4})
+
+
+HOT_SPOTS = {
+    "dm": dm,
+    "dc": lambda setting: matching(setting, augmented=False),
+    "dsa": lambda setting: matching(setting, augmented=True),
+    "evaluation": evaluation,
+    "siamese": siamese,
+    "test": test_pass,
+}
