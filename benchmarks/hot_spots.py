@@ -24,8 +24,9 @@ from lib.synset import SyntheticSet, class_major
 from lib.train import _Chance, predict
 
 NETWORKS = 5
-# Relative error of image gradients. Half precision of the real side only; cancelling class means amplify it in DM.
-FLOAT32, BFLOAT16 = 2e-3, 0.2
+# Largest relative errors. In float32 it is the few ReLUs at zero that fall either way at size L (in float64 the gradients
+# agree to 1e-14); in bfloat16 the class means nearly cancel in DM.
+FLOAT32, BFLOAT16 = 1e-2, 0.2
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Setting:
     test: int = 2000
     epochs: int = 10  # of the evaluation networks, in one timed call
     mixed: bool = False  # also time bfloat16 where the library offers it
+    warm_up: int = 1  # calls before the timed ones
     device: torch.device = torch.device("cpu")
 
     @property
@@ -53,9 +55,9 @@ class Setting:
         pixels = torch.randn(self.classes * count, 3, self.side, self.side, generator=generator)
         names = tuple(f"class {c}" for c in range(self.classes))
         transform = Standardise(torch.full((3,), 0.5), torch.full((3,), 0.25))
-        return ImageSet("random", pixels, class_major(self.classes, count, "cpu"), names, transform, NATURAL).to(
-            self.device
-        )
+        return ImageSet(
+            "random", pixels, class_major(self.classes, count, "cpu"), names, transform, NATURAL
+        ).to(self.device)
 
     def generator(self, seed: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(seed)
@@ -92,7 +94,9 @@ def _seeded(names: tuple[str, ...], counter) -> reference.Augment:
 
 def _pixels(state) -> tuple[Tensor, torch.optim.Optimizer]:
     pixels = state.pixels.detach().clone().requires_grad_()
-    return pixels, torch.optim.SGD([pixels], **{key: state.optimiser.defaults[key] for key in ("lr", "momentum")})
+    return pixels, torch.optim.SGD(
+        [pixels], **{key: state.optimiser.defaults[key] for key in ("lr", "momentum")}
+    )
 
 
 def dm(setting: Setting) -> HotSpot:
@@ -102,7 +106,11 @@ def dm(setting: Setting) -> HotSpot:
     methods = {"all classes at once": DM(**common)}
     if setting.mixed:
         methods["real side in bfloat16"] = DM(**common, mixed=True)
-    names, counter, real_of = augment.strategy(train.augmentation), itertools.count(), _real_of(train, setting.real)
+    names, counter, real_of = (
+        augment.strategy(train.augmentation),
+        itertools.count(),
+        _real_of(train, setting.real),
+    )
 
     def begin(method: DM):
         return method.begin(train, setting.ipc, setting.generator(1))
@@ -124,7 +132,9 @@ def dm(setting: Setting) -> HotSpot:
         loss = reference.dm_step(
             network, own, own_optimiser, setting.classes, real.__getitem__, _given(names, omega)
         )
-        return {name: _compare(method.step, begin(method), setting, loss, own) for name, method in methods.items()}
+        return {
+            name: _compare(method.step, begin(method), setting, loss, own) for name, method in methods.items()
+        }
 
     states = {name: begin(method) for name, method in methods.items()}
     g = setting.generator(3)
@@ -160,10 +170,11 @@ def matching(setting: Setting, augmented: bool) -> HotSpot:
         real = train.sample(setting.real, g)
         aug = _given(names, augment.draw(names, setting.classes, g)) if names else (lambda c, x: x)
         own, own_optimiser = _pixels(begin(kind(**common)))
-        loss = reference.matching_step(
-            network, own, own_optimiser, setting.classes, real.__getitem__, aug
-        )
-        return {name: _compare(method.match, begin(method), setting, loss, own) for name, method in methods.items()}
+        loss = reference.matching_step(network, own, own_optimiser, setting.classes, real.__getitem__, aug)
+        return {
+            name: _compare(method.match, begin(method), setting, loss, own)
+            for name, method in methods.items()
+        }
 
     g = setting.generator(3)
     candidates = {name: lambda m=m, s=states[name]: m.match(s, g) for name, m in methods.items()}
@@ -197,7 +208,9 @@ def evaluation(setting: Setting) -> HotSpot:
         for pairs in runs:
             generators = [setting.generator(k) for _, k in pairs]
             networks = Ensemble.make(setting.network, train, generators)
-            images, labels = (tensor.expand(len(pairs), *tensor.shape) for tensor in (train.images, train.labels))
+            images, labels = (
+                tensor.expand(len(pairs), *tensor.shape) for tensor in (train.images, train.labels)
+            )
             run.train(networks, images, labels, generators, protocol, train)
             ensembles.append(networks)
         return ensembles
@@ -206,7 +219,11 @@ def evaluation(setting: Setting) -> HotSpot:
         for _ in range(NETWORKS):
             network = setting.plain_network()
             reference.train(
-                network, train.images, train.labels, setting.epochs, lambda e, b, x: reference.per_image(names, x)
+                network,
+                train.images,
+                train.labels,
+                setting.epochs,
+                lambda e, b, x: reference.per_image(names, x),
             )
 
     def check() -> dict[str, float]:
@@ -227,9 +244,7 @@ def evaluation(setting: Setting) -> HotSpot:
 
     name = f"{len(runs[0])} networks side by side" if len(runs) < NETWORKS else "one network, resident data"
     units = NETWORKS * setting.epochs
-    return HotSpot(
-        "evaluation", "network-epoch", units, {REFERENCE: plain, name: ours}, check, {name: 1e-2}
-    )
+    return HotSpot("evaluation", "network-epoch", units, {REFERENCE: plain, name: ours}, check, {name: 1e-2})
 
 
 def _recorded(chance: _Chance):
@@ -286,7 +301,9 @@ def test_pass(setting: Setting) -> HotSpot:
 def siamese(setting: Setting) -> HotSpot:
     """Siamese augmentation of the real and the synthetic batch of every class, forward."""
     train = setting.images(max(setting.real, setting.ipc), 0)
-    real, syn = (by_class(train.images, setting.classes)[:, :n].contiguous() for n in (setting.real, setting.ipc))
+    real, syn = (
+        by_class(train.images, setting.classes)[:, :n].contiguous() for n in (setting.real, setting.ipc)
+    )
     names, g, counter = augment.strategy(train.augmentation), setting.generator(1), itertools.count()
 
     def loop(aug: reference.Augment) -> list[Tensor]:

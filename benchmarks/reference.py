@@ -102,14 +102,24 @@ def _grid(*sizes_and_device) -> tuple[Tensor, ...]:
 
 FAMILIES = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
 
-Augment = Callable[[int, Tensor], Tensor]  # (class, images of the class) -> images; siamese: same for real and synthetic
+DRAWS = {"color": 3, "crop": 2, "cutout": 2, "flip": 1, "scale": 2, "rotate": 1}
+
+# (class, images of the class) -> images; siamese: the same for the real and the synthetic ones
+Augment = Callable[[int, Tensor], Tensor]
 
 
 def siamese(names: tuple[str, ...], seed: int, x: Tensor) -> Tensor:
-    """A family and one triple of numbers for the whole batch, both told by the seed of the global generator."""
+    """A family for the batch, and parameters that all its images share.
+
+    As published, the global generator is seeded anew before every draw, so that a second call with the same seed repeats them.
+    """
     torch.manual_seed(seed)
     family = names[int(torch.randint(len(names), (1,)))]
-    return FAMILIES[family](x, torch.rand(1, 3).to(x.device).expand(len(x), 3))
+    u = torch.zeros(len(x), 3)
+    for i in range(DRAWS[family]):
+        torch.manual_seed(seed + 1 + i)
+        u[:, i] = torch.rand(1)
+    return FAMILIES[family](x, u.to(x.device))
 
 
 def per_image(names: tuple[str, ...], x: Tensor) -> Tensor:
@@ -122,7 +132,12 @@ def per_image(names: tuple[str, ...], x: Tensor) -> Tensor:
 
 
 def dm_step(
-    network: nn.Module, pixels: Tensor, optimiser, classes: int, real: Callable[[int], Tensor], augment: Augment
+    network: nn.Module,
+    pixels: Tensor,
+    optimiser,
+    classes: int,
+    real: Callable[[int], Tensor],
+    augment: Augment,
 ) -> Tensor:
     """One DM update of ``pixels`` (class-major), class after class, one backward pass for the sum."""
     network.train()
@@ -141,7 +156,12 @@ def dm_step(
 
 
 def matching_step(
-    network: nn.Module, pixels: Tensor, optimiser, classes: int, real: Callable[[int], Tensor], augment: Augment
+    network: nn.Module,
+    pixels: Tensor,
+    optimiser,
+    classes: int,
+    real: Callable[[int], Tensor],
+    augment: Augment,
 ) -> Tensor:
     """One DC/DSA update of ``pixels``: parameter gradients class after class, one backward pass for the sum."""
     network.train()

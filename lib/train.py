@@ -126,10 +126,7 @@ def cosine_schedule(lr: float, epochs: int, lowest: float = 0.0) -> Callable[[in
 
 @torch.no_grad()
 def predict(networks: Ensemble, images: Tensor, rows: int | None = None) -> Tensor:
-    """Logits ``(K, N, C)`` of all networks on ``images`` ``(N, c, h, w)``, in eval mode, in chunks.
-
-    On a CPU a chunk keeps a feature map near 8 MiB, which is fast with any memory allocator.
-    """
+    """Logits ``(K, N, C)`` of all networks on ``images`` ``(N, c, h, w)``, in eval mode, ``rows`` images at a time."""
     return torch.cat([networks(part) for part in _chunks(networks, images, rows)], 1)
 
 
@@ -139,12 +136,20 @@ def predict_embeddings(networks: Ensemble, images: Tensor, rows: int | None = No
     return torch.cat([networks.embed(part) for part in _chunks(networks, images, rows)], 1)
 
 
+def rows_at_once(template: torch.nn.Module, images: Tensor, networks: int = 1) -> int:
+    """Images ``(n, c, h, w)`` in one pass without gradients: on a CPU as many as keep a feature map near 8 MiB, which is fast
+    with any memory allocator."""
+    if images.is_cuda:
+        return 4096
+    return max(16, 2**21 // (getattr(template, "width", 64) * networks * images[0, 0].numel()))
+
+
 def _chunks(networks: Ensemble, images: Tensor, rows: int | None):
     networks.train(False)
-    if rows is None:
-        width = getattr(networks.template, "width", 64) * networks.size
-        rows = 4096 if images.is_cuda else max(16, 2**21 // (width * images[0, 0].numel()))
-    return (part.unsqueeze(0) for part in images.split(rows))
+    return (
+        part.unsqueeze(0)
+        for part in images.split(rows or rows_at_once(networks.template, images, networks.size))
+    )
 
 
 def _optimiser(

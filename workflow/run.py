@@ -124,7 +124,9 @@ def snakemake_words(request: Request, given: argparse.Namespace, todo: list[str]
     if given.executor == "kubernetes" and not importlib.util.find_spec(
         "snakemake_executor_plugin_kubernetes"
     ):
-        raise CompanionError("--executor kubernetes needs its plugin: pip install -e '.[kubernetes]'")
+        raise CompanionError(
+            "--executor kubernetes needs its plugin and some preparation, see workflow/README.md"
+        )
     # Results of the other engine and of a deleted .snakemake folder are judged by what is stored in them.
     return words + ["--forcerun", *(f"results/{request.run}/{name}/executed.ipynb" for name in todo)]
 

@@ -242,12 +242,13 @@ class Run:
         return self._judge(verdicts.judge_close(name, value, target, tol), must)
 
     def better(
-        self, text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2, *, must: bool = False
+        self, text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2, *, paired=False, must=False
     ) -> bool:
         """The verdict "a beats b by more than ``n_se`` standard errors of the difference", one value per
-        repetition.
+        repetition; ``paired`` where a and b are the same repetitions under two conditions.
         """
-        return self._judge(verdicts.judge_better(text, a, b, n_se), must)
+        judge = verdicts.judge_better_paired if paired else verdicts.judge_better
+        return self._judge(judge(text, a, b, n_se), must)
 
     def _judge(self, verdict: Verdict, must: bool) -> bool:
         self.judged.append(verdict)

@@ -136,7 +136,9 @@ class Case:
     def full(self) -> Evaluation:
         """The ceiling: the same network on all training data."""
         with self.run.stage(f"full data on {self!r}"):
-            return full_data_accuracy(self.data, self.plain, self.run.seed, networks=3, epochs=FULL_EPOCHS.get(self.dataset, 200))
+            return full_data_accuracy(
+                self.data, self.plain, self.run.seed, networks=3, epochs=FULL_EPOCHS.get(self.dataset, 200)
+            )
 
     def row(self, result: Result, *, random: Result | None = None) -> tables.Row:
         """The tidy row of a result, with the published accuracy of the same method, data set and IPC if there is one."""

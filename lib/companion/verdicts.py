@@ -63,6 +63,36 @@ def judge_better(text: str, a: Sequence[float], b: Sequence[float], n_se: float 
     return Verdict(f"{text} by more than {n_se:g} standard error{plural}", difference > n_se * error, numbers)
 
 
+def judge_better_paired(text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2) -> Verdict:
+    """``mean(a - b) > n_se * sqrt(var(a - b) / n)``: the same repetitions (the same sets, say) under two conditions.
+
+    Raises:
+        CompanionError: for fewer than two pairs, or lists of different lengths.
+    """
+    a, b = (np.asarray(values, dtype=float).ravel() for values in (a, b))
+    if a.size != b.size or a.size < 2:
+        raise CompanionError(f"{text!r} needs at least 2 pairs, not {a.size} and {b.size} values")
+    differences = a - b
+    error = float(differences.std(ddof=1)) / math.sqrt(a.size)
+    numbers = {
+        "value": float(a.mean()),
+        "reference": float(b.mean()),
+        "difference": float(differences.mean()),
+    }
+    numbers |= {
+        "standard_error": error,
+        "n_value": int(a.size),
+        "n_reference": int(b.size),
+        "pairs": int(a.size),
+    }
+    plural = "" if n_se == 1 else "s"
+    return Verdict(
+        f"{text} by more than {n_se:g} standard error{plural} (paired)",
+        bool(differences.mean() > n_se * error),
+        numbers,
+    )
+
+
 def frame(verdicts: Sequence[Verdict]):
     """One row per verdict with the numbers behind it; what is not in the common columns stands under ``other``."""
     import pandas as pd

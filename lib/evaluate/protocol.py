@@ -81,7 +81,8 @@ class Protocol:
 
 
 # The small protocols on the embedded data sets: a network and a schedule that two cores train in a second. Digits keep the
-# published schedule; the photographs have ten times the arithmetic and get a fifth of the epochs, at five times the rate, which falls along a cosine.
+# published schedule; the photographs have ten times the arithmetic and get a fifth of the epochs, at five times the rate, which
+# falls along a cosine.
 _SMALL = {
     "digits": {"network": "convnet-d2-w32"},
     "photos16": {"network": "convnet-d3-w32", "epochs": 60, "lr": 0.05, "schedule": "cosine"},

@@ -2,7 +2,8 @@ r"""Gradient matching: per-class parameter gradients of S and T, and the distanc
 
 $$\sum_c D\big(\nabla_\theta \ell(\mathcal S_c;\theta),\ \nabla_\theta \ell(\mathcal T_c;\theta)\big),
 \qquad
-D(A,B)=\sum_{\text{layers}}\sum_{\text{rows } r}\Big(1-\frac{\langle A_r,B_r\rangle}{\lVert A_r\rVert\,\lVert B_r\rVert+10^{-6}}\Big).$$
+D(A,B)=\sum_{\text{layers}}\sum_{\text{rows } r}
+\Big(1-\frac{\langle A_r,B_r\rangle}{\lVert A_r\rVert\,\lVert B_r\rVert+10^{-6}}\Big).$$
 
 Gradients carry a leading class axis: a gradient is a list of ``(C, *parameter shape)``.
 """

@@ -19,8 +19,9 @@ from lib import augment, nets
 from lib.match import features
 from lib.methods.pixels import augment_by_class, by_class, families, initial_pixels, pixel_set
 from lib.synset import SyntheticSet
+from lib.train import rows_at_once
 
-REAL_ROWS = 4096  # real images per forward pass, where no batch norm mixes them
+REAL_ROWS = 4096  # at most so many real images per forward pass, where no batch norm mixes them
 
 
 @dataclass
@@ -88,7 +89,11 @@ class DM:
     def embed_real(self, state: State, psi, real: Tensor) -> Tensor:
         """Embeddings of the real batch, ``(C, n, d)`` in float32; a batch norm sees all classes at once, as published."""
         rows = real.flatten(0, 1)
-        parts = [rows] if nets.has_batch_norm(state.network) else rows.split(REAL_ROWS)
+        parts = (
+            [rows]
+            if nets.has_batch_norm(state.network)
+            else rows.split(min(REAL_ROWS, rows_at_once(state.network, rows)))
+        )
         return by_class(torch.cat([psi(part) for part in parts]).float(), len(real))
 
     def finish(self, state: State) -> SyntheticSet:
