@@ -22,6 +22,7 @@ class Meter:
         self.device = torch.device(device)
         self.seconds = 0.0
         self.peak_bytes = 0
+        self._seen = 0
 
     def __enter__(self) -> Meter:
         if self.device.type == "cuda":
@@ -31,6 +32,7 @@ class Meter:
         else:
             _reset_high_water_mark()
             self._base = high_water_mark()
+            _active.append(self)
         self._start = time.perf_counter()
         return self
 
@@ -39,7 +41,8 @@ class Meter:
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = high_water_mark()
+            peak = max(self._seen, high_water_mark())
+            _active.remove(self)
         self.seconds = time.perf_counter() - self._start
         self.peak_bytes = max(0, peak - self._base)
 
@@ -56,7 +59,12 @@ def high_water_mark() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_active: list[Meter] = []
+
+
 def _reset_high_water_mark() -> None:
+    for meter in _active:  # a stage inside a stage must not hide the outer one's peak
+        meter._seen = max(meter._seen, high_water_mark())
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

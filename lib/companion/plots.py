@@ -33,12 +33,14 @@ def image_grid(images01, labels, classes: Sequence[str], title: str = "", column
     return _mosaic(rows, title, left=names)
 
 
-def film_strip(snapshots01, steps: Sequence[int], names: Sequence[str] | None = None, title: str = ""):
+def film_strip(
+    snapshots01, steps: Sequence, names: Sequence[str] | None = None, title="", xlabel="distillation step"
+):
     """How images change: one row per image, one column per snapshot.
 
     Args:
         snapshots01: ``(T, N, c, h, w)`` in display range.
-        steps: the T steps at which they were taken.
+        steps: the T steps at which they were taken, or T other labels of the columns.
         names: N row labels.
     """
     snapshots = array(snapshots01)
@@ -47,8 +49,9 @@ def film_strip(snapshots01, steps: Sequence[int], names: Sequence[str] | None = 
             f"film_strip has {len(snapshots)} snapshots and {len(steps)} steps; these must be equal"
         )
     rows = [_pictures(snapshots[:, n]) for n in range(snapshots.shape[1])]
-    fig = _mosaic(rows, title, left=names, bottom=[f"{step:,}".replace(",", " ") for step in steps])
-    fig.axes[0].set_xlabel("distillation step")
+    labels = [step if isinstance(step, str) else f"{step:,}".replace(",", " ") for step in steps]
+    fig = _mosaic(rows, title, left=names, bottom=labels)
+    fig.axes[0].set_xlabel(xlabel)
     return fig
 
 
@@ -277,7 +280,8 @@ def bars(
             bbox=halo,
         )
     if reference is not None:
-        ax.axvline(reference[1], color=INK, linestyle=(0, (6, 3)), linewidth=1.1, label=reference[0])
+        line = {"color": INK, "linestyle": (0, (6, 3)), "linewidth": 1.1, "zorder": 1}
+        ax.axvline(reference[1], label=reference[0], **line)
         fig.legend(loc="outside lower right")
     ax.set(xlabel=xlabel, title=title, yticks=range(len(names)))
     ax.set_yticklabels(names)

@@ -28,7 +28,7 @@ class Profile:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("cpu", (("digits", 1), ("photos16", 10)), 3, 3, 8, "cpu", "about a minute on two cores"),
+        Profile("cpu", (("digits", 1), ("photos16", 10)), 3, 2, 8, "cpu", "about a minute on two cores"),
         Profile(
             "photos",
             (("photos32", 1), ("photos32", 10)),

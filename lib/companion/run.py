@@ -22,6 +22,7 @@ from lib.companion.profiles import Profile, cases_of, profile_named
 from lib.companion.verdicts import Verdict
 from lib.errors import CompanionError
 from lib.files import ROOT, inside, write_text
+from lib.measure import Meter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SVG_LIMIT = (
@@ -170,22 +171,13 @@ class Run:
         """Measure the enclosed code: seconds and peak memory in MB go to ``run.json``; a name used again adds
         up.
 
-        On a CPU the peak is that of the process so far (the allocator keeps memory, so it never falls); on
-        CUDA that of the stage.
+        The peak is that of the stage above what was in use when it began (:class:`lib.measure.Meter`).
         """
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        begin = time.perf_counter()
-        try:
+        with Meter(self.device) as meter:
             yield
-        finally:
-            if cuda:
-                torch.cuda.synchronize(self.device)
-            seconds = time.perf_counter() - begin
-            before = self.stages.get(name, {"seconds": 0.0, "peak_mb": 0.0})
-            peak = max(before["peak_mb"], provenance.peak_mb(self.device))
-            self.stages[name] = {"seconds": before["seconds"] + seconds, "peak_mb": peak}
+        before = self.stages.get(name, {"seconds": 0.0, "peak_mb": 0.0})
+        peak = max(before["peak_mb"], meter.peak_bytes / 1e6)
+        self.stages[name] = {"seconds": before["seconds"] + meter.seconds, "peak_mb": peak}
 
     def save_table(self, frame, name: str = "table", digits: int = 1):
         """Write ``frame`` to ``results/<run>/<notebook>/<name>.csv``; returns it made readable, to be

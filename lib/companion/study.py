@@ -17,7 +17,7 @@ from lib.evaluate import Evaluation, Protocol, evaluate, full_data_accuracy, pro
 from lib.synset import check_ipc
 
 SMALL = ("digits", "photos16", "photos32")
-FULL_EPOCHS = {"digits": 30, "photos16": 15, "photos32": 15}
+FULL_EPOCHS = {"digits": 30, "photos16": 10, "photos32": 10}
 RANDOM_NETWORKS = 1  # per draw: with eight draws the draws, not the networks, make the spread
 SEED_STEP = 1000  # run seed 1 never meets the sets of run seed 0
 

@@ -104,8 +104,8 @@ _CIFAR = DM()
 # Published settings (card: official commands; the same for MNIST, FashionMNIST, SVHN, CIFAR-10/100 at IPC 1, 10 and 50).
 PRESETS = {
     "digits": DM(iterations=200, real_batch=64, network="convnet-d2-w32", augmentation="none"),
-    "photos16": DM(iterations=300, real_batch=32, network="convnet-d3-w32"),
-    "photos32": DM(iterations=300, real_batch=32, network="convnet-d3-w32"),
+    "photos16": DM(iterations=300, real_batch=64, network="convnet-d3-w32"),
+    "photos32": DM(iterations=300, real_batch=64, network="convnet-d3-w32"),
     "paper": _CIFAR,
     "paper-ipc100": replace(_CIFAR, lr=10.0),
     "paper-tinyimagenet": replace(_CIFAR, network="convnet-d4-w128"),
