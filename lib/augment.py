@@ -2,7 +2,8 @@ r"""Differentiable siamese augmentation (DSA, Zhao & Bilen 2021, arXiv 2102.0825
 
 The random numbers $\omega$ are drawn first (:func:`draw`) and applied afterwards (:func:`apply`), so that *siamese* means nothing
 more than passing the same draw to the real and to the synthetic batch, and a test can pin every parameter. All operations act
-in the normalised pixel space on square images ``(n, c, h, w)`` with one parameter per row, and are differentiable in the pixels.
+in the normalised pixel space on ``(n, c, h, w)`` with one parameter per row, and are differentiable in the pixels; the parameter
+laws are those of square images.
 
 Differs from the published code: that code re-seeds the global generator from the clock at every call, so that two classes
 handled in the same millisecond share $\omega$ and no run can be repeated; here the generator is explicit.
@@ -19,13 +20,8 @@ from torch import Tensor
 
 from lib.errors import unknown
 
-CROP, CUTOUT, SCALE, ROTATE_DEGREES = (
-    0.125,
-    0.5,
-    1.2,
-    15.0,
-)  # published strengths; brightness 1, saturation 2, contrast 0.5
-
+# The published strengths (brightness 1, saturation 2 and contrast 0.5 are in the operations themselves).
+CROP, CUTOUT, SCALE, ROTATE_DEGREES = 0.125, 0.5, 1.2, 15.0
 
 # -- the operations, one parameter per row ------------------------------------------------------------------------------
 
@@ -54,25 +50,27 @@ def color(x: Tensor, u: Tensor) -> Tensor:
 
 def crop(x: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Integer shift, $y[r, q] = x[r + t_r, q + t_c]$, zero outside."""
-    side = x.shape[2]
-    source = (
-        torch.arange(side, device=x.device) + torch.stack([rows, cols], 1).long()[:, :, None]
-    )  # (n, 2, side)
-    row, col = source.clamp(0, side - 1).unbind(1)
-    row_inside, col_inside = ((source >= 0) & (source < side)).unbind(1)
-    index = (row[:, :, None] * side + col[:, None, :]).flatten(1)  # (n, side^2)
-    y = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
-    return y * (row_inside[:, :, None] & col_inside[:, None, :])[:, None]
+    h, w = x.shape[2:]
+    row = torch.arange(h, device=x.device) + rows[:, None].long()  # (n, h)
+    col = torch.arange(w, device=x.device) + cols[:, None].long()  # (n, w)
+    inside = ((row >= 0) & (row < h))[:, :, None] & ((col >= 0) & (col < w))[:, None, :]
+    index = row.clamp(0, h - 1)[:, :, None] * w + col.clamp(0, w - 1)[:, None, :]  # (n, h, w)
+    y = x.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
+    return y * inside[:, None]
 
 
 def cutout(x: Tensor, row_center: Tensor, col_center: Tensor, size: int) -> Tensor:
     """Zero a box of ``size`` pixels; a box that hangs over the border still zeroes the border row or column, as published."""
-    side = x.shape[2]
-    low = torch.stack([row_center, col_center], 1).long()[:, :, None] - size // 2
-    line = torch.arange(side, device=x.device)
-    first, last = low.clamp(0, side - 1), (low + (size - 1)).clamp(0, side - 1)
-    rows, cols = ((line >= first) & (line <= last)).unbind(1)  # (n, side)
+    rows, cols = (
+        _box(center, size, side) for center, side in ((row_center, x.shape[2]), (col_center, x.shape[3]))
+    )
     return x * ~(rows[:, None, :, None] & cols[:, None, None, :])
+
+
+def _box(center: Tensor, size: int, side: int) -> Tensor:
+    low = center.long()[:, None] - size // 2
+    line = torch.arange(side, device=center.device)
+    return (line >= low.clamp(0, side - 1)) & (line <= (low + (size - 1)).clamp(0, side - 1))  # (n, side)
 
 
 def flip(x: Tensor, u: Tensor) -> Tensor:
@@ -97,10 +95,11 @@ def _warp(x: Tensor, *matrix: Tensor) -> Tensor:
 
     The same as ``F.affine_grid`` without its products of thin matrices: a third of the time, and full precision on a GPU.
     """
-    side = x.shape[2]
-    line = (torch.arange(side, device=x.device, dtype=x.dtype) * 2 + 1) / side - 1
+    rows, cols = (
+        (torch.arange(side, device=x.device, dtype=x.dtype) * 2 + 1) / side - 1 for side in x.shape[2:]
+    )
     theta = torch.stack(matrix, 1).to(x.dtype).view(-1, 2, 2, 1, 1)
-    grid = theta[:, :, 0] * line + theta[:, :, 1] * line[:, None]  # (n, 2, side, side)
+    grid = theta[:, :, 0] * cols + theta[:, :, 1] * rows[:, None]  # (n, 2, h, w)
     return F.grid_sample(
         x, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False
     )

@@ -143,8 +143,8 @@ class DC:
 _SMALL = DC(real_batch=64, network="convnet-d3-w32", outer=60)
 # "paper" is the published setting, for every data set and IPC; the others are what two cores do in seconds.
 PRESETS = {
-    "digits": replace(_SMALL, network="convnet-d2-w32", outer=200),
-    "photos16": replace(_SMALL, real_batch=32, outer=4, inner=5, epochs=10, init="real"),
-    "photos32": replace(_SMALL, real_batch=32, outer=4, inner=5, epochs=10, init="real"),
+    "digits": replace(_SMALL, network="convnet-d2-w32", outer=120),
+    "photos16": replace(_SMALL, real_batch=32, outer=4, inner=5, epochs=5, init="real"),
+    "photos32": replace(_SMALL, real_batch=32, outer=4, inner=5, epochs=5, init="real"),
     "paper": DC(),
 }
