@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -139,9 +140,10 @@ def test_close_refuses_nothing_silently():
 def test_run_json_says_where_everything_comes_from(begin, tmp_path):
     run = begin("20_dm", seed=2, dataset="digits", title="DM", claim="Means are enough.")
     with run.stage("distil"):
-        np.zeros(10)
+        with mmap.mmap(-1, 64 * 2**20) as fresh:  # pages that no earlier test can have left behind
+            fresh.write(b"x" * len(fresh))
     with run.stage("distil"):
-        np.zeros(10)
+        pass
     run.record(images=torch.tensor([1, 2]), rate=float("inf"))
     run.headline(ours="86.4", published="26.0")
     run.check("holds", True, difference=float("nan"))
@@ -153,7 +155,7 @@ def test_run_json_says_where_everything_comes_from(begin, tmp_path):
     assert record["cases"] == [["digits", 1]]
     assert record["config"] == {"images": [1, 2], "rate": None}  # JSON knows no infinity
     assert record["verdicts"] == [{"text": "holds", "ok": True, "numbers": {"difference": None}}]
-    assert set(record["stages"]) == {"distil"} and record["stages"]["distil"]["peak_mb"] > 10
+    assert set(record["stages"]) == {"distil"} and record["stages"]["distil"]["peak_mb"] > 60
     for kind, name in (("tables", "table"), ("sets", "dm-digits-1")):
         entry = record[kind][name]
         assert entry["sha256"] == provenance.sha256(tmp_path / entry["file"])
