@@ -49,7 +49,10 @@ def compare(case: str, name: str, want: np.ndarray, got: dict) -> str | None:
         return f"{name} has shape {mine.shape}, want {want.shape}"
     if want.dtype.kind in "USO":
         return None if (mine == want).all() else f"{name} differs"
-    rtol, atol = cases.TOLERANCE.get(f"{case}/{name}", cases.TOLERANCE[case])
+    rtol, atol = cases.TOLERANCE[case]
+    for pattern, own in cases.TOLERANCE.items():
+        if fnmatch.fnmatchcase(f"{case}/{name}", pattern):
+            rtol, atol = own
     error = np.abs(mine.astype(np.float64) - want.astype(np.float64))
     bad = ~(error <= atol + rtol * np.abs(want.astype(np.float64)))
     return f"{name}: {bad.sum()} of {bad.size} entries off, by up to {error.max():.3g}" if bad.any() else None

@@ -1,0 +1,1 @@
+"""Distances between S and T: of gradients, features, distributions and transport plans."""

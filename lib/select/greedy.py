@@ -24,7 +24,7 @@ def herding(features: Tensor, budget: int, rule: str = "icarl") -> Tensor:
     * ``welling``: $\arg\max_i \langle h_i, (t+1)\mu - s_t\rangle$ (Welling 2009),
     * ``deepcore``: the *argmax* of the first distance, as shipped by the DeepCore library, which picks outliers.
     """
-    _check(budget, len(features))
+    check_budget(budget, len(features))
     mean = features.mean(0)
     total, taken = (
         torch.zeros_like(mean),
@@ -57,7 +57,7 @@ def k_center(features: Tensor, budget: int, first: int = 0, already_selected: Se
         first: the first centre; not used when centres are given.
         already_selected: centres to begin with; they count towards the budget and come first in the result.
     """
-    _check(budget, len(features))
+    check_budget(budget, len(features))
     order = [int(i) for i in already_selected] or [int(first)]
     centers = torch.tensor(order, device=features.device)
     nearest = torch.stack([torch.linalg.vector_norm(features - features[c], dim=1) for c in centers]).amin(0)
@@ -71,7 +71,7 @@ def k_center(features: Tensor, budget: int, first: int = 0, already_selected: Se
     return torch.cat(picks)[:budget]
 
 
-def _check(budget: int, available: int) -> None:
+def check_budget(budget: int, available: int) -> None:
     if not 1 <= budget <= available:
         raise CompanionError(
             f"a selection of {budget} is not allowed: there are 1 to {available} images to choose from"

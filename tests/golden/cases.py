@@ -2,10 +2,14 @@
 
 A case reads every size, depth and tag off the array names, so that other vectors for the same functions can be dropped in. It
 returns the outputs under the names that the file gives them; :data:`TOLERANCE` holds ``(rtol, atol)`` per file, or per
-output where one needs its own.
+output (a pattern ``file/output``; the last match counts). The cases of one part of the library stand in a file of their own
+beside this one.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -213,3 +217,14 @@ INPUTS = {
     "selection_herding": ("features", "budget"),
     "selection_kcenter": ("features", "budget", "seed", "first", "already_selected"),
 }
+
+sys.path.insert(0, str(Path(__file__).parent))  # this file may be loaded by its path alone
+import cases_features  # noqa: E402
+import cases_kernels  # noqa: E402
+import cases_selection  # noqa: E402
+
+for part in (cases_features, cases_kernels, cases_selection):
+    CASES |= {function.__name__: function for function in part.CASES}
+    TOLERANCE |= part.TOLERANCE
+    INPUTS |= part.INPUTS
+globals().update(CASES)  # every case by its file's name, wherever it is written

@@ -1,0 +1,142 @@
+r"""Style and diversity (Decomposed Distribution Matching, arXiv 2412.04748): channel statistics of the feature maps.
+
+Feature maps are ``(C, n, K, h, w)`` for the real and ``(C, m, K, h, w)`` for the synthetic images of C classes, embeddings
+``(C, m, d)``; distances are ``(C,)``, one per class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.errors import CompanionError
+
+EPS = 1e-5  # below the root of every standard deviation, as published
+
+
+def gram(maps: Tensor) -> Tensor:
+    r"""$\frac{1}{Khw}FF^\top$ of each image, ``(..., K, h, w) -> (..., K, K)``."""
+    flat = maps.flatten(-2)
+    return flat @ flat.transpose(-1, -2) / (flat.shape[-2] * flat.shape[-1])
+
+
+def mean_gram(maps: Tensor) -> Tensor:
+    """:func:`gram` averaged over the images, ``(C, n, K, h, w) -> (C, K, K)``, by one product and no matrix per image."""
+    flat = maps.transpose(1, 2).flatten(2)  # (C, K, n h w)
+    return flat @ flat.transpose(1, 2) / (flat.shape[1] * flat.shape[2])
+
+
+def gram_distance(real: Tensor, syn: Tensor) -> Tensor:
+    r"""Correlation matching $\lVert\bar G^T_c-\bar G^S_c\rVert_F^2$ of one layer, ``(C,)``."""
+    return (mean_gram(real) - mean_gram(syn)).square().sum((-2, -1))
+
+
+def moments(maps: Tensor, unbiased: bool = True) -> tuple[Tensor, Tensor]:
+    r"""Spatial mean and $\sqrt{\mathrm{var}+10^{-5}}$ of each channel, ``(..., K, h, w) -> (..., K)`` twice."""
+    variance = maps.var((-2, -1), correction=int(unbiased))
+    return maps.mean((-2, -1)), (variance + EPS).sqrt()
+
+
+def moment_distance(real: Tensor, syn: Tensor) -> Tensor:
+    r"""Moments matching $\frac12[\overline{(\mu^S-\mu^T)^2}+\overline{(\sigma^S-\sigma^T)^2}]$ of one layer, ``(C,)``.
+
+    The published form: the maps are averaged over the images *first*; a mean over channels.
+    """
+    return _pair_distance(moments(real.mean(1)), moments(syn.mean(1)), relative=False)
+
+
+def image_moment_distance(real: Tensor, syn: Tensor, relative: bool = True) -> Tensor:
+    r"""Moments of every image (biased variance), then averaged over images, ``(C,)``; the authors' later form.
+
+    Args:
+        relative: divide each term by the mean square of its real target (plus $10^{-8}$).
+    """
+    real_pair, syn_pair = ([v.mean(1) for v in moments(maps, unbiased=False)] for maps in (real, syn))
+    return _pair_distance(real_pair, syn_pair, relative)
+
+
+def style_spread_distance(real: Tensor, syn: Tensor, relative: bool = True) -> Tensor:
+    r"""As :func:`image_moment_distance` for the *spread over images* $\sqrt{\mathrm{var}_i+10^{-5}}$ of both moments, ``(C,)``.
+
+    Raises:
+        CompanionError: with fewer than two images per class in either set.
+    """
+    if min(real.shape[1], syn.shape[1]) < 2:
+        raise CompanionError("the spread of 1 image per class does not exist: allowed are 2 or more")
+    real_pair, syn_pair = (
+        [(v.var(1) + EPS).sqrt() for v in moments(maps, unbiased=False)] for maps in (real, syn)
+    )
+    return _pair_distance(real_pair, syn_pair, relative)
+
+
+def _pair_distance(real: tuple[Tensor, Tensor], syn: tuple[Tensor, Tensor], relative: bool) -> Tensor:
+    terms = []
+    for target, value in zip(real, syn, strict=True):
+        term = (value - target).square().mean(-1)
+        terms.append(term / (target.square().mean(-1) + 1e-8) if relative else term)
+    return 0.5 * sum(terms)
+
+
+def accumulation_weights(classes: int, layers: int, legacy: bool = False) -> Tensor:
+    r"""Weight of each class's summed layer distances, ``(C,)`` float64: 1/L, or what the published accumulator amounts to.
+
+    The published scripts keep one variable for all classes, $s\leftarrow(s+\sum_l d_{c,l})/L$, and add it after every class:
+    class j (from 1) ends up with $\sum_{c\ge j}L^{-(c-j+1)}$.
+    """
+    if not legacy:
+        return torch.full((classes,), 1 / layers, dtype=torch.float64)
+    powers = float(layers) ** -torch.arange(1, classes + 1, dtype=torch.float64)
+    return powers.cumsum(0).flip(0)
+
+
+def default_neighbours(ipc: int) -> int:
+    """k of the diversity term: a fifth of the images per class, at least 1 and at most ipc - 1 (0 for one image)."""
+    return min(max(1, round(0.2 * ipc)), ipc - 1)
+
+
+def neighbour_diversity(syn: Tensor, k: int | None = None) -> Tensor:
+    r"""$-\sum_i\mathrm{KL}(\mathrm{softmax}(e_i)\,\|\,\mathrm{softmax}(\frac1k\sum_{j\in NN_k(i)}e_j))$, ``(C,)``, <= 0.
+
+    Embeddings are ``(C, m, d)``. Equations 8 and 9: minimising it pushes every image away from its k nearest neighbours of the
+    same class (by L2 distance; who they are carries no gradient, their mean does). Unbounded below. For one image per class
+    it is 0.
+
+    Raises:
+        CompanionError: if k is not between 1 and m - 1.
+    """
+    m = syn.shape[1]
+    if m == 1:
+        return syn.sum((1, 2)) * 0
+    k = default_neighbours(m) if k is None else k
+    if not 1 <= k < m:
+        raise CompanionError(f"k = {k} nearest neighbours with {m} images per class: allowed 1 to {m - 1}")
+    with torch.no_grad():
+        far = torch.cdist(syn, syn, compute_mode="donot_use_mm_for_euclid_dist")
+        far.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+        nearest = far.topk(k, largest=False).indices  # (C, m, k)
+    classes = torch.arange(len(syn), device=syn.device)[:, None, None]
+    own, others = syn.log_softmax(-1), syn[classes, nearest].mean(2).log_softmax(-1)
+    return -(own.exp() * (own - others)).sum((1, 2))
+
+
+def principal_spread_distance(real: Tensor, syn: Tensor, rank: int | None = None) -> Tensor:
+    r"""$\overline{(\sigma^S_k-\sigma^T_k)^2}/(\overline{(\sigma^T_k)^2}+10^{-8})$ on the first principal axes of T, ``(C,)``.
+
+    The authors' bounded diversity term: the standard deviations (unbiased) of the embeddings projected on the first ``rank`` axes
+    of the real class; 0 when the spreads match. Axes by an exact SVD. For one image per class it is 0.
+
+    Args:
+        rank: number of axes; default: min(m - 1, 16).
+    """
+    if syn.shape[1] == 1:
+        return syn.sum((1, 2)) * 0
+    rank = min(syn.shape[1] - 1, 16) if rank is None else rank
+    most = min(real.shape[1] - 1, real.shape[2])
+    if not 1 <= rank <= most:
+        raise CompanionError(f"rank {rank} of the principal axes: allowed 1 to {most}")
+    with torch.no_grad():
+        centred = real - real.mean(1, keepdim=True)
+        axes = torch.linalg.svd(centred, full_matrices=False).Vh[:, :rank].transpose(1, 2)  # (C, d, rank)
+        target = (real @ axes).std(1)
+    gap = (syn @ axes).std(1) - target
+    return gap.square().mean(-1) / (target.square().mean(-1) + 1e-8)

@@ -1,0 +1,136 @@
+r"""One number per image, from the proxy network's outputs; and the choice of the best ones.
+
+Every function takes logits ``(n, C)`` and returns ``(n,)``. Uncertainty (confidence, entropy, margin) picks the *smallest*
+values; error norms, forgetting and CAL the *largest*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lib.errors import CompanionError, unknown
+from lib.select.greedy import check_budget
+from lib.select.last_layer import LastLayer
+
+VARIANTS = ("paper", "deepcore")
+
+
+def confidence(logits: Tensor, variant: str = "paper") -> Tensor:
+    """Least confidence (Coleman et al. 2020): the largest probability; ``deepcore`` takes the largest *logit*, as shipped."""
+    _check_variant(variant)
+    return (logits.softmax(1) if variant == "paper" else logits).amax(1)
+
+
+def negative_entropy(logits: Tensor) -> Tensor:
+    r"""$\sum_c p_c\log(p_c+10^{-6})$."""
+    p = logits.softmax(1)
+    return (p * (p + 1e-6).log()).sum(1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    r"""$p_{(1)}-p_{(2)}$, the lead of the most probable class."""
+    best = logits.softmax(1).topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def el2n(last: LastLayer) -> Tensor:
+    r"""$\lVert p-y\rVert_2$ (Paul et al. 2021), to be averaged over proxy runs."""
+    return last.errors.norm(dim=1)
+
+
+def grand(last: LastLayer) -> Tensor:
+    r"""GraNd on the last layer (Paul et al. 2021): $\lVert g_i\rVert_2$, to be averaged over proxy runs."""
+    return last.norms()
+
+
+def forgetting(correct: Tensor, variant: str = "paper") -> Tensor:
+    """How often an image went from right to wrong between presentations, ``correct`` (presentations, n) bool -> (n,).
+
+    An image that was never right counts as forgotten at every presentation (Toneva et al. 2019: maximal); ``deepcore`` leaves
+    it at 0.
+    """
+    _check_variant(variant)
+    events = (correct[:-1] & ~correct[1:]).sum(0)
+    return torch.where(correct.any(0), events, len(correct)) if variant == "paper" else events
+
+
+def neighbours(features: Tensor, count: int) -> Tensor:
+    """The nearest other points by Euclidean distance, nearest first: ``(n, d)`` -> ``(n, count)``."""
+    check_budget(count, len(features) - 1)
+    found = []
+    for rows in torch.arange(len(features), device=features.device).split(1024):
+        distance = torch.cdist(features[rows], features)
+        distance[torch.arange(len(rows), device=rows.device), rows] = torch.inf
+        found.append(distance.topk(count, largest=False).indices)
+    return torch.cat(found)
+
+
+def cal(logits: Tensor, nearest: Tensor) -> Tensor:
+    r"""CAL (Margatina et al. 2021): $\frac1m\sum_j\frac12[\mathrm{KL}(p_i\Vert p_j)+\mathrm{KL}(p_j\Vert p_i)]$.
+
+    The sum runs over the neighbours ``nearest`` (n, m), see :func:`neighbours`.
+    The paper picks the largest values; DeepCore as shipped the smallest.
+    """
+    log_p = logits.log_softmax(1)
+    p, total = log_p.exp(), torch.zeros_like(logits[:, 0])
+    for other in nearest.T:
+        total += 0.5 * ((p - p[other]) * (log_p - log_p[other])).sum(1)
+    return total / nearest.shape[1]
+
+
+def glister(
+    train: LastLayer, budget: int, validation: LastLayer | None = None, eta: float = 0.1, refresh: int = 1
+) -> Tensor:
+    r"""Glister (Killamsetty et al. 2021): greedy on $\langle g_j,\bar v\rangle$, $\bar v$ the mean validation gradient.
+
+    Returns the picks in order, ``(budget,)``; ties go to the lowest index.
+
+    Args:
+        validation: where the validation gradient is taken; by default the training samples themselves.
+        eta: learning rate of the simulated step of :func:`glister_direction`.
+        refresh: picks between two updates of the direction; 0 for never, as DeepCore does because its call misspells a keyword.
+    """
+    check_budget(budget, len(train))
+    validation = validation or train
+    gains, picks = train.project(validation.mean()), []
+    taken = torch.zeros(len(train), dtype=torch.bool, device=gains.device)
+    for count in range(1, budget + 1):
+        pick = gains.masked_fill(taken, -torch.inf).argmax()
+        taken[pick] = True
+        picks.append(pick)
+        if refresh and count % refresh == 0:
+            gains = train.project(glister_direction(train[torch.stack(picks)], validation, eta))
+    return torch.stack(picks)
+
+
+def glister_direction(selected: LastLayer, validation: LastLayer, eta: float) -> Tensor:
+    r"""Mean validation gradient after one step on the selection from the *initial* outputs, ``(C (1 + d),)``.
+
+    $z'=z-\eta(\bar g^b+\bar g^W h)$ with the selection's mean gradient; embeddings and labels stay.
+    """
+    step = validation.inputs @ selected.rows_of(selected.mean()).T
+    return validation.with_logits(validation.logits - eta * step).mean()
+
+
+def best(scores: Tensor, budget: int, largest: bool = True) -> Tensor:
+    """Positions of the ``budget`` best scores, best first; ties go to the lowest index."""
+    check_budget(budget, len(scores))
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
+        raise CompanionError(f"{bad} of {len(scores)} scores are not finite: did the proxy training diverge?")
+    return scores.argsort(descending=largest, stable=True)[:budget]
+
+
+def class_budgets(counts: Sequence[int], fraction: float) -> list[int]:
+    """Images per class for a fraction in (0, 1]: ``round(fraction * count)``, half to even."""
+    if not 0 < fraction <= 1:
+        raise CompanionError(f"fraction {fraction} is not allowed: it must lie in (0, 1]")
+    return [round(fraction * int(count)) for count in counts]
+
+
+def _check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise unknown("variant", variant, VARIANTS)
