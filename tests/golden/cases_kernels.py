@@ -1,4 +1,4 @@
-"""Golden cases of the kernel methods."""
+"""Cases of the kernel methods."""
 
 from __future__ import annotations
 

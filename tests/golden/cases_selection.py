@@ -1,4 +1,4 @@
-"""Golden cases of lib/select (and lib/evaluate/landscape), to be merged into tests/golden/cases.py."""
+"""Cases of dataset selection and of the loss landscape."""
 
 from __future__ import annotations
 
