@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lib.files import ROOT
-from lib.measure import high_water_mark
+from lib.measure import process_peak
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "pandas", "matplotlib", "safetensors")
 # A run rewrites its own outputs, so these never count as a change of the code.
@@ -60,12 +60,12 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Highest memory in MB (10^6 bytes) since the mark was last reset: of the process on a CPU, of the
+    """Highest memory in MB (10^6 bytes): of the process on a CPU, since the last reset of the mark of the
     tensors on CUDA.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return high_water_mark() / 1e6
+    return process_peak() / 1e6
 
 
 def sha256(path: Path) -> str:

@@ -173,11 +173,14 @@ class Run:
 
         The peak is that of the stage above what was in use when it began (:class:`lib.measure.Meter`).
         """
-        with Meter(self.device) as meter:
-            yield
-        before = self.stages.get(name, {"seconds": 0.0, "peak_mb": 0.0})
-        peak = max(before["peak_mb"], meter.peak_bytes / 1e6)
-        self.stages[name] = {"seconds": before["seconds"] + meter.seconds, "peak_mb": peak}
+        meter = Meter(self.device)
+        try:
+            with meter:
+                yield
+        finally:  # a stage that fails has cost its time too
+            before = self.stages.get(name, {"seconds": 0.0, "peak_mb": 0.0})
+            peak = max(before["peak_mb"], meter.peak_bytes / 1e6)
+            self.stages[name] = {"seconds": before["seconds"] + meter.seconds, "peak_mb": peak}
 
     def save_table(self, frame, name: str = "table", digits: int = 1):
         """Write ``frame`` to ``results/<run>/<notebook>/<name>.csv``; returns it made readable, to be

@@ -100,10 +100,10 @@ class Case:
         distilled = self.distil(method, sets, snapshots)
         return Result(name, distilled, self.evaluate(distilled, protocol, networks))
 
-    def random(self, method, protocol: Protocol | None = None, networks: int | None = None) -> Result:
+    def random(self, method, protocol: Protocol | None = None) -> Result:
         """The baseline: more draws than any method gets, since draws of few images differ by ten points."""
         draws = self.run.profile.random_draws
-        return self.study("random", method, protocol, sets=draws, networks=networks or RANDOM_NETWORKS)
+        return self.study("random", method, protocol, sets=draws, networks=RANDOM_NETWORKS)
 
     def losses(self, result: Result, name: str = "loss") -> torch.Tensor:
         """A metric of every step of every set, ``(sets, steps)``."""

@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))  # this file may be loaded by its path alone
+
+import cases_features
+import cases_kernels
+import cases_selection
+from arrays import Arrays, t
+
 from lib import augment
 from lib.match import features
 from lib.match.gradient import DISTANCES, matching_step
 from lib.nets.convnet import ConvNet
 from lib.select.greedy import herding, k_center
-
-Arrays = dict[str, np.ndarray]
-
-
-def t(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))
 
 
 def convnet_of(arrays: Arrays, size: int, first_padding: int) -> ConvNet:
@@ -218,10 +219,6 @@ INPUTS = {
     "selection_kcenter": ("features", "budget", "seed", "first", "already_selected"),
 }
 
-sys.path.insert(0, str(Path(__file__).parent))  # this file may be loaded by its path alone
-import cases_features  # noqa: E402
-import cases_kernels  # noqa: E402
-import cases_selection  # noqa: E402
 
 for part in (cases_features, cases_kernels, cases_selection):
     CASES |= {function.__name__: function for function in part.CASES}

@@ -7,16 +7,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from arrays import Arrays, t
 from torch import Tensor
 
 from lib import partition
 from lib.match import attention, features, mmd, style, transport
-
-Arrays = dict[str, np.ndarray]
-
-
-def t(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))
 
 
 def one(array: np.ndarray) -> Tensor:

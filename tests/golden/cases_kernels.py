@@ -7,6 +7,7 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
+from arrays import Arrays, t
 from torch import Tensor
 
 from lib.data.whitening import PerImageZCA, second_moment, zca_matrix
@@ -15,12 +16,6 @@ from lib.kernels.adabelief import AdaBelief
 from lib.kernels.conv import convolutional
 from lib.kernels.fc import fully_connected
 from lib.kernels.features import Fourier, Identity, LeakyNet, conjugate_kernel, conv_features
-
-Arrays = dict[str, np.ndarray]
-
-
-def t(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))
 
 
 def chw(images: np.ndarray) -> Tensor:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+from arrays import Arrays, t
 from torch import Tensor, nn
 
 from lib.evaluate import landscape
 from lib.select import gradmatch, lcmat, scores, similarity, submodular
 from lib.select.last_layer import LastLayer, batch_scale
-
-Arrays = dict[str, np.ndarray]
-
-
-def t(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array))
 
 
 def selection_submodular(a: Arrays) -> Arrays:
