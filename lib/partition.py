@@ -6,6 +6,8 @@ Pure functions on ``(..., m, c, h, w)``; with factor f, m stored images become f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,3 +60,17 @@ def mosaics(images: Tensor) -> Tensor:
     """``(f^2, m, c, h, w)`` whole images -> ``(m, c, h, w)``: each one shrunk into its cell."""
     factor = round(len(images) ** 0.5)
     return compose(torch.stack([shrink(part, factor) for part in images]))
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """The decoder of a stored mosaic (see ``lib.synset``): every code ``(c, h, w)`` is trained on as f^2 images of that size."""
+
+    factor: int = 2
+    name: str = "mosaic"
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        return expand(codes, self.factor)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        return expand_labels(labels, self.factor)

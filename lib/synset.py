@@ -19,6 +19,7 @@ from torch import Tensor
 from lib.data.whitening import from_saved
 from lib.errors import CompanionError, choose
 from lib.files import write_tensors
+from lib.partition import Mosaic
 
 FORMAT = "distillation-companion/1"
 
@@ -37,7 +38,8 @@ class Pixels:
         return labels
 
 
-DECODERS = {"pixels": Pixels}  # name in a saved file -> class; its fields are saved beside the name
+# name in a saved file -> class; its fields are saved beside the name
+DECODERS = {"pixels": Pixels, "mosaic": Mosaic}
 
 
 @dataclass

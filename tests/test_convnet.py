@@ -12,8 +12,9 @@ from helpers import generator
 from torch import nn
 
 from lib import nets
+from lib.data import load
 from lib.errors import CompanionError
-from lib.nets.convnet import ConvNet
+from lib.nets.convnet import TAPS, ConvNet
 
 
 def like(channels=3, classes=10, size=32, padding=1):
@@ -225,3 +226,36 @@ def test_wrong_names_are_one_line(name, says):
 def test_group_norm_needs_a_fitting_width():
     with pytest.raises(CompanionError, match="group"):
         nets.make("convnet-d2-w6-group", like(1, 3, 8))
+
+
+@pytest.mark.parametrize("norm", ["", "-batch", "-none", "-layer"])
+@pytest.mark.parametrize("where", TAPS)
+def test_taps_of_one_pass(norm, where):
+    """Every tap is what its module gives, and the embedding and its gradient are those of a pass without taps."""
+    like = load("digits").train
+    net = nets.make(f"convnet-d2-w8{norm}", like, torch.Generator().manual_seed(0))
+    x = like.images[:6].clone().requires_grad_()
+    embedding = net.embed(x)
+    gradient = torch.autograd.grad(embedding.square().sum(), x)[0]
+    maps, same = net.look(x, where)
+    torch.testing.assert_close(same, embedding, rtol=1e-4, atol=1e-5)  # the tapped convolution keeps its bias
+    torch.testing.assert_close(
+        torch.autograd.grad(same.square().sum() + 0 * sum(m.sum() for m in maps), x)[0],
+        gradient,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    y, expected = x, []
+    for i in range(8):
+        y = net.features[i](y)
+        if i % 4 == TAPS.index(where):
+            expected.append(y.clone())
+            y = y.clone()
+    for tap, value in zip(maps, expected, strict=True):
+        torch.testing.assert_close(tap, value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_tap_is_named():
+    net = nets.make("convnet-d2-w8", load("digits").train)
+    with pytest.raises(CompanionError, match="tap 'relu'.*conv, norm, act, pool"):
+        net.look(torch.zeros(1, 1, 8, 8), "relu")

@@ -39,7 +39,12 @@ class State:
 
 @dataclass(frozen=True)
 class DM:
-    """Hyper-parameters of section 4.1 and of the published commands; the relatives of DM override :meth:`distance`."""
+    """Hyper-parameters of section 4.1 and of the published commands.
+
+    The methods that differ from DM by their objective override :meth:`observe` (what is looked at in the network) and
+    :meth:`terms` (how the real and the synthetic observations are compared); some also the network, the initial images, the
+    images that are made of what is stored, or the transform. The step is written once, here.
+    """
 
     iterations: int = 20_000
     lr: float = 1.0  # of the pixels; 10 from IPC 100 on (CIFAR-10)
@@ -48,7 +53,7 @@ class DM:
     network: str = "convnet-d3-w128"
     init: str = "real"
     augmentation: str = "data"  # "data": the data set's DSA strategy; "none"
-    mixed: bool = False  # embed the real images in bfloat16 (they carry no gradient)
+    mixed: bool = False  # observe the real images in bfloat16 (they carry no gradient)
 
     def total_steps(self, ipc: int) -> int:
         return self.iterations
@@ -60,44 +65,78 @@ class DM:
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of all images."""
-        train, classes = state.train, state.train.num_classes
-        psi = self.embedding(state, generator)
+        return self.match(state, self.encoder(state, generator), generator)
+
+    def match(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        """Update the images by the distance that one network sees."""
+        train = state.train
         real = train.sample(min(self.real_batch, train.smallest_class), generator)  # (C, n, c, h, w)
-        syn = by_class(state.pixels, classes)  # (C, m, c, h, w)
-        if names := families(self.augmentation, train):
-            omega = augment.draw(names, classes, generator)  # one per class, shared by real and synthetic
-            real, syn = augment_by_class(real, omega), augment_by_class(syn, omega)
+        real, syn = self.transform(real, self.images(state, generator), train, generator)
 
         with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16, enabled=self.mixed):
-            target = self.embed_real(state, psi, real)
-        loss = self.distance(target, by_class(psi(syn.flatten(0, 1)), classes)).sum()
+            target = self.observe_real(network, real)
+        terms = self.terms(state, target, self.observe(network, syn))
+        loss = sum(term.sum() for term in terms.values())
 
         state.optimiser.zero_grad()
         loss.backward()
         state.optimiser.step()
-        return {"loss": loss.detach()}
+        parts = {name: term.detach().sum() for name, term in terms.items()} if len(terms) > 1 else {}
+        return {"loss": loss.detach()} | parts
 
-    def distance(self, real: Tensor, syn: Tensor) -> Tensor:
-        """Distance of every class between embeddings ``(C, n, d)`` and ``(C, m, d)``: here of the means."""
-        return features.class_mean(real, syn)
+    def observe(self, network: torch.nn.Module, images: Tensor) -> list[Tensor]:
+        """What the network shows of ``(C, n, c, h, w)`` images: tensors ``(C, n, ...)``, here the embeddings.
 
-    def embedding(self, state: State, generator: torch.Generator):
-        r"""A new $\psi_\theta$: images ``(n, c, h, w)`` -> ``(n, d)``."""
-        network = nets.initialise(state.network, generator).train().requires_grad_(False)
-        return network.embed
+        A mean over the images of a class is written ``(C, 1, ...)``: real batches come in parts of equal size, so the mean of
+        the parts' means is the mean of the batch, and no map of a whole batch need be kept.
+        """
+        return [by_class(network.embed(images.flatten(0, 1)), len(images))]
 
-    def embed_real(self, state: State, psi, real: Tensor) -> Tensor:
-        """Embeddings of the real batch, ``(C, n, d)`` in float32; a batch norm sees all classes at once, as published."""
-        rows = real.flatten(0, 1)
-        parts = (
-            [rows]
-            if nets.has_batch_norm(state.network)
-            else rows.split(min(REAL_ROWS, rows_at_once(state.network, rows)))
-        )
-        return by_class(torch.cat([psi(part) for part in parts]).float(), len(real))
+    def terms(self, state: State, real: list[Tensor], syn: list[Tensor]) -> dict[str, Tensor]:
+        """The summands of the objective by name, each ``(C,)``; with more than one, each is in the history."""
+        return {"mean": features.class_mean(real[0], syn[0])}
+
+    def encoder(self, state: State, generator: torch.Generator) -> torch.nn.Module:
+        r"""The network $\psi_\theta$ of this step: a new one."""
+        return nets.initialise(state.network, generator).train().requires_grad_(False)
+
+    def images(self, state: State, generator: torch.Generator) -> Tensor:
+        """The synthetic images that are compared, ``(C, m, c, h, w)``: here the stored pixels."""
+        return by_class(state.pixels, state.train.num_classes)
+
+    def transform(
+        self, real: Tensor, syn: Tensor, train, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        r"""$\mathcal A_\omega$ with one $\omega$ per class, shared by its real and synthetic images."""
+        if names := families(self.augmentation, train):
+            omega = augment.draw(names, len(real), generator)
+            real, syn = augment_by_class(real, omega), augment_by_class(syn, omega)
+        return real, syn
+
+    def observe_real(self, network: torch.nn.Module, real: Tensor) -> list[Tensor]:
+        """:meth:`observe` in float32 and in parts of equal size; a batch norm sees all classes at once, as published."""
+        classes, count = real.shape[:2]
+        if nets.has_batch_norm(network):
+            return [tensor.float() for tensor in self.observe(network, real)]
+        rows = min(REAL_ROWS, rows_at_once(network, real[0]))
+        if rows >= count:
+            groups = [self.observe(network, group) for group in real.split(rows // count)]
+        else:
+            size = equal_parts(count, rows)
+            groups = []
+            for c in range(classes):
+                parts = [self.observe(network, part) for part in real[c : c + 1].split(size, 1)]
+                groups.append([torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)])
+        return [torch.cat(tensors).float() for tensors in zip(*groups, strict=True)]
 
     def finish(self, state: State) -> SyntheticSet:
         return pixel_set(state.pixels, state.train, state.ipc)
+
+
+def equal_parts(count: int, most: int) -> int:
+    """The largest divisor of ``count`` up to ``most``; ``count`` itself if they are all small (a prime, say)."""
+    size = next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+    return size if 4 * size >= min(count, most) else count
 
 
 _CIFAR = DM()

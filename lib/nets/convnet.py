@@ -17,6 +17,7 @@ from lib.errors import CompanionError, choose
 from lib.nets.layers import activation, norm_layer
 from lib.nets.pool import average_pool
 
+TAPS = ("conv", "norm", "act", "pool")  # where a block's map can be taken
 POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d, "none": None}
 
 
@@ -62,28 +63,40 @@ class ConvNet(nn.Module):
         """Flattened output of the last pooling, ``(n, width * side * side)``."""
         return self.taps(x)[-1].flatten(1)
 
-    def taps(self, x: Tensor) -> list[Tensor]:
-        """Output of every block (after pooling), ``(n, width, h_i, w_i)``."""
+    def taps(self, x: Tensor, where: str = "pool") -> list[Tensor]:
+        """A map of every block, ``(n, width, h_i, w_i)``: the output of its ``conv``, ``norm``, ``act`` or ``pool``."""
+        return self.look(x, where)[0]
+
+    def look(self, x: Tensor, where: str) -> tuple[list[Tensor], Tensor]:
+        """:meth:`taps` and the embedding ``(n, d)`` from one pass; both carry gradients."""
+        choose("tap", where, dict.fromkeys(TAPS))
         tensors = {
             name: tensor.unsqueeze(0) for name, tensor in [*self.named_parameters(), *self.named_buffers()]
         }
-        return self.grouped_taps(tensors, x, 1)
+        maps, last = self._blocks(tensors, x, 1, where)
+        return maps, last.flatten(1)
 
     def grouped_taps(self, tensors: Mapping[str, Tensor], x: Tensor, groups: int) -> list[Tensor]:
-        """:meth:`taps` of G networks at once: ``tensors[name]`` is ``(G, ...)``, ``x`` is ``(n, G * c, h, w)``."""
-        outputs = []
+        """Block outputs of G networks at once: ``tensors[name]`` is ``(G, ...)``, ``x`` is ``(n, G * c, h, w)``."""
+        return self._blocks(tensors, x, groups, "pool")[0]
+
+    def _blocks(
+        self, tensors: Mapping[str, Tensor], x: Tensor, groups: int, where: str
+    ) -> tuple[list[Tensor], Tensor]:
+        maps = []
         for i in range(self.depth):
             conv, norm, act, _ = self.features[4 * i : 4 * i + 4]
             weight, bias = (tensors[f"features.{4 * i}.{kind}"].flatten(0, 1) for kind in ("weight", "bias"))
             # A per-channel mean is removed right after: the bias has neither effect nor gradient there.
-            x = F.conv2d(
-                x, weight, None if self.norm == "instance" else bias, padding=conv.padding, groups=groups
-            )
-            x = self._normalise(x, norm, tensors, f"features.{4 * i + 1}", groups)
+            bias = None if self.norm == "instance" and where != "conv" else bias
+            conved = F.conv2d(x, weight, bias, padding=conv.padding, groups=groups)
+            normed = self._normalise(conved, norm, tensors, f"features.{4 * i + 1}", groups)
             # Nothing before it keeps its output for the backward pass, so a ReLU may overwrite it: half the time.
-            x = self._downsample(torch.relu_(x) if isinstance(act, nn.ReLU) else act(x))
-            outputs.append(x)
-        return outputs
+            kept = where == "norm" or where == "conv" and self.norm == "none"
+            acted = torch.relu_(normed) if isinstance(act, nn.ReLU) and not kept else act(normed)
+            x = self._downsample(acted)
+            maps.append({"conv": conved, "norm": normed, "act": acted, "pool": x}[where])
+        return maps, x
 
     def grouped_embed(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Embeddings of G networks, ``(G, n, c, h, w) -> (G, n, d)``; one input for all is ``(1, n, c, h, w)``."""
