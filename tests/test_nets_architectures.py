@@ -1,10 +1,13 @@
 """The evaluation networks: published parameter counts, every image size, torchvision's definitions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib import nets
 from lib.errors import CompanionError
 from lib.nets.alexnet import AlexNet
 from lib.nets.layers import ACTIVATIONS, NORMS, activation, max_pool, norm_layer, resolve_padding
@@ -390,3 +393,22 @@ def test_mistakes_are_one_clear_line(wrong, said):
     with pytest.raises(CompanionError) as caught:
         wrong()
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, published", [("alexnet", 128), ("vgg11", 64), ("resnet18", 64), ("resnet18ap", 64)]
+)
+def test_width_is_that_of_the_first_convolution(name, published):
+    """The published width is the default; every convolution scales with it."""
+    like = SimpleNamespace(channels=3, num_classes=10, size=32, first_padding=1, device=torch.device("cpu"))
+    convolutions = {
+        width: [
+            m.out_channels for m in nets.make(f"{name}-w{width}", like).modules() if isinstance(m, nn.Conv2d)
+        ]
+        for width in (8, published)
+    }
+    assert convolutions[8][0] == 8 and count(nets.make(name, like)) == count(
+        nets.make(f"{name}-w{published}", like)
+    )
+    assert [published * wide for wide in convolutions[8]] == [8 * wide for wide in convolutions[published]]
+    assert nets.make(f"{name}-w8", like)(images(2, 3, 32)).shape == (2, 10)

@@ -32,6 +32,10 @@ ARCHITECTURES = {
     "resnet18ap": ResNet18AP,
     "vit": ViT,
 }
+_SIZES = {
+    "d": {"convnet": "depth", "vit": "depth"},
+    "w": dict.fromkeys(("convnet", "alexnet", "vgg11", "resnet18", "resnet18ap"), "width") | {"vit": "dim"},
+}
 _WITH_NORM = {"convnet", "alexnet", "vgg11", "resnet18", "resnet18ap"}
 
 
@@ -39,8 +43,9 @@ def make(name: str, like, generator: torch.Generator | None = None) -> nn.Module
     """A freshly initialised network for the images of ``like`` (channels, num_classes, size, first_padding, device).
 
     Args:
-        name: ``architecture[-d<depth>][-w<width>][-<norm>][-<act>][-<pool>]`` (depth, width, act, pool: ConvNet only; the ViT
-            takes -d<depth> and -w<dim>).
+        name: ``architecture[-d<depth>][-w<width>][-<norm>][-<act>][-<pool>]`` (depth, act, pool: ConvNet only; the ViT takes
+            -d<depth> and -w<dim>; the width of AlexNet, VGG and ResNet is that of the first convolution, and MLP and LeNet have
+            none).
         generator: source of the initial weights, on the device of ``like``; without it the weights are PyTorch's own draw.
     Raises:
         CompanionError: unknown architecture or option, or images too small for the depth.
@@ -60,9 +65,8 @@ def parse(name: str) -> tuple[str, dict[str, object]]:
     options: dict[str, object] = {}
     for word in words:
         number = re.fullmatch(r"([dw])([1-9]\d*)", word)
-        if number and architecture in ("convnet", "vit"):
-            kind = {"d": "depth", "w": "width" if architecture == "convnet" else "dim"}[number[1]]
-            options[kind] = int(number[2])
+        if number and architecture in _SIZES[number[1]]:
+            options[_SIZES[number[1]][architecture]] = int(number[2])
         elif word in NORMS and architecture in _WITH_NORM:
             options["norm"] = word
         elif word in ACTIVATIONS and architecture == "convnet":
@@ -70,9 +74,10 @@ def parse(name: str) -> tuple[str, dict[str, object]]:
         elif word in ("max", "nopool") and architecture == "convnet":
             options["pool"] = "none" if word == "nopool" else word
         else:
-            allowed = ["d<depth>", "w<width>"] * (architecture in ("convnet", "vit")) + sorted(NORMS) * (
-                architecture in _WITH_NORM
+            allowed = ["d<depth>"] * (architecture in _SIZES["d"]) + ["w<width>"] * (
+                architecture in _SIZES["w"]
             )
+            allowed += sorted(NORMS) * (architecture in _WITH_NORM)
             allowed += [*ACTIVATIONS, "max", "nopool"] * (architecture == "convnet")
             raise CompanionError(
                 f"unknown option {word!r} in network {name!r}; allowed after {architecture}: {', '.join(allowed) or 'none'}"

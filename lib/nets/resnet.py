@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 from lib.nets.layers import BlockNetwork, norm_layer
 
-WIDTHS = (64, 128, 256, 512)  # of the four stages, two blocks each; every stage but the first halves the map
+MULTIPLES = (
+    1,
+    2,
+    4,
+    8,
+)  # widths of the four stages, two blocks each; every stage but the first halves the map
 
 
 class BasicBlock(nn.Module):
@@ -40,7 +45,7 @@ class ResNet18(BlockNetwork):
     11 173 962 parameters at 32x32x3 and 10 classes.  The published ResNets pad the stem by 1 for 28x28 grey
     images too, so ``first_padding`` is not used.  Below 16 pixels the strides that would leave less than
     2x2 are left out.
-    Taps: four maps, after each stage.  Embedding: (n, 512).
+    Taps: four maps, after each stage.  Embedding: (n, 8 width); ``width`` is that of the stem.
     """
 
     average_pooled = False
@@ -51,18 +56,19 @@ class ResNet18(BlockNetwork):
         num_classes: int,
         size: int,
         *,
+        width: int = 64,
         norm: str = "instance",
         first_padding: int | None = None,
     ):
         super().__init__()
-        stem = nn.Conv2d(channels, WIDTHS[0], 3, padding=1, bias=False)
-        stages, before = [[stem, norm_layer(norm, WIDTHS[0]), nn.ReLU()], [], [], []], WIDTHS[0]
-        for stage, width in zip(stages, WIDTHS, strict=True):
+        stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        stages, before = [[stem, norm_layer(norm, width), nn.ReLU()], [], [], []], width
+        for stage, wide in zip(stages, (width * multiple for multiple in MULTIPLES), strict=True):
             halved = size // 2 if self.average_pooled else (size + 1) // 2
-            halve = width != before and halved >= 2
+            halve = wide != before and halved >= 2
             how = {"pool": halve} if self.average_pooled else {"stride": 2 if halve else 1}
-            stage += [BasicBlock(before, width, norm, **how), BasicBlock(width, width, norm)]
-            size, before = halved if halve else size, width
+            stage += [BasicBlock(before, wide, norm, **how), BasicBlock(wide, wide, norm)]
+            size, before = halved if halve else size, wide
         self.blocks = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
         average = nn.Identity() if self.average_pooled else nn.AdaptiveAvgPool2d(1)
         self.neck = nn.Sequential(average, nn.Flatten())
@@ -72,7 +78,7 @@ class ResNet18(BlockNetwork):
 class ResNet18AP(ResNet18):
     """ResNet18 with stride 1 and 2x2 average pools in place of stride 2, and no global average.
 
-    11 250 762 parameters at 32x32x3 and 10 classes.  Embedding: (n, 512 k k) with k = size / 8 rounded down
+    11 250 762 parameters at 32x32x3 and 10 classes.  Embedding: (n, 8 width k k) with k = size / 8 rounded down
     (4 at 32 pixels, 3 at 28).
     """
 
