@@ -88,6 +88,29 @@ def curves(
     return fig
 
 
+def sweep(x: Sequence[float], series: Mapping, *, xlabel: str, ylabel: str = ACCURACY, title="", logx=False):
+    """A quantity against a setting: the mean of every point's values, with a bar of one standard deviation.
+
+    Args:
+        x: positions of the points; series: name -> one list of repeated values per point.
+        logx: logarithmic horizontal axis; the ticks are the positions themselves.
+    """
+    fig, ax = _axes()
+    for k, (name, points) in enumerate(series.items()):
+        means, spreads = (
+            [float(f(np.asarray(values, float))) for values in points] for f in (np.mean, np.std)
+        )
+        ax.errorbar(x, means, spreads, color=PALETTE[k % 10], marker=MARKERS[k % 10], capsize=3, label=name)
+    if logx:
+        ax.set_xscale("log")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=x)
+    ax.set_xticklabels([f"{value:g}" for value in x])
+    ax.minorticks_off()
+    if len(series) > 1:
+        ax.legend()
+    return fig
+
+
 def accuracy_vs_ipc(frame, title: str = ""):
     """Accuracy over images per class, one panel per data set, from the tidy results
     (:data:`lib.companion.tables.COLUMNS`).
