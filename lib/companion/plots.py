@@ -287,12 +287,14 @@ def bars(
     """
     values = array(values).astype(float)
     errors = np.zeros_like(values) if errors is None else np.nan_to_num(array(errors).astype(float))
+    largest = np.abs(values).max()  # three figures of the longest bar
+    digits = int(np.clip(2 - np.floor(np.log10(largest)), 1, 6)) if largest > 0 else 1
     fig, ax = _axes(height=1.2 + 0.38 * len(names))
     halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
     for k, (value, error) in enumerate(zip(values, errors, strict=True)):
         colour, hatch = PALETTE[k % 10], HATCHES[k % len(HATCHES)]
         ax.barh(k, value, xerr=error or None, height=0.62, color=colour, hatch=hatch, ecolor=INK, capsize=3)
-        text = f"{value:.1f} ± {error:.1f}" if error else f"{value:.1f}"
+        text = f"{value:.{digits}f} ± {error:.{digits}f}" if error else f"{value:.{digits}f}"
         ax.annotate(
             text,
             (value + error, k),
