@@ -21,19 +21,39 @@ import torch
 from rich.console import Console
 
 from benchmarks import child, report
+from benchmarks.child import SPOTS
+from benchmarks.feature_spots import FEATURE_SPOTS
 from benchmarks.harness import REFERENCE, Row, measure
-from benchmarks.hot_spots import HOT_SPOTS, SIZES, Setting
+from benchmarks.hot_spots import SIZES, Setting
+from benchmarks.kernel_spots import KERNEL_SPOTS
 from lib.companion.allocator import keep_large_blocks
 from lib.device import resolve_device
 from lib.errors import CompanionError, unknown
 from lib.files import ROOT
 
-MEMORY = ("dm", "evaluation")  # the hot spots whose memory and page faults are measured, at size L
+# the hot spots whose memory and page faults are measured, at size L
+MEMORY = (
+    "dm",
+    "evaluation",
+    "krr-search",
+    "datadam",
+    "ddm-gram",
+    "cafe",
+    "idm-queue",
+    "kip-fc",
+    "kip-conv-grad",
+)
+ONCE = {"test", *KERNEL_SPOTS}  # do not depend on the IPC asked for
+ONLY_AT = {"krr-digits": "S"}
+FAMILY = [name for name in FEATURE_SPOTS if name != "idm-queue"]  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that
 TARGETS = {
-    "S": {"dm": (2.5,), "dc": (1.8,), "dsa": (1.8,), "evaluation": (1.8,), "siamese": (6.0,), "test": (1.5,)},
+    "S": {"dm": (2.5,), "dc": (1.8,), "dsa": (1.8,), "evaluation": (1.8,), "siamese": (6.0,), "test": (1.5,),
+          "krr-search": (2.0,),
+          "kip-fc": (2.0,), "kip-conv": (3.0,), "kip-conv-grad": (3.0,), **dict.fromkeys(FAMILY, (2.5,))},
     "L": {"dm": (1.15, 1.5), "dc": (1.05, 1.4), "dsa": (1.05, 1.4), "evaluation": (1.1,), "siamese": (1.4,),
-          "test": (1.15,)},
+          "test": (1.15,), "krr-search": (7.0,),
+          "kip-fc": (1.4, 2.5), "kip-conv": (2.0,), "kip-conv-grad": (2.0,), **dict.fromkeys(FAMILY, (1.15, 1.5))},
     "cuda": {"dm": (3.0, 3.0), "dc": (2.0, 2.0), "dsa": (2.0, 2.0), "evaluation": (8.0,), "siamese": (5.0,),
              "test": (2.0,)},
 }  # fmt: skip
@@ -44,7 +64,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", default="S,L", help="S, L or both (default)")
-    parser.add_argument("--only", default=",".join(HOT_SPOTS), help=f"of {','.join(HOT_SPOTS)}")
+    parser.add_argument("--only", default=",".join(SPOTS), help=f"of {','.join(SPOTS)}")
     parser.add_argument("--repeats", type=int, help="per candidate; default 30 at S and on a GPU, 5 at L")
     parser.add_argument("--quick", action="store_true", help="3 repeats, no separate processes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -104,11 +124,13 @@ def timings(
     for size, setting in settings.items():
         goals = TARGETS["cuda" if setting.device.type == "cuda" else size]
         for name in chosen:
-            for ipc in ipcs if name != "test" else ipcs[:1]:
+            if ONLY_AT.get(name, size) != size:
+                continue
+            for ipc in ipcs[:1] if name in ONCE else ipcs:
                 console.print(f"{name}, size {size}, IPC {ipc} ...", style="dim")
-                hot_spot = HOT_SPOTS[name](replace(setting, ipc=ipc))
+                hot_spot = SPOTS[name](replace(setting, ipc=ipc))
                 fast = [candidate for candidate in hot_spot.candidates if candidate != REFERENCE]
-                targets = dict(zip(fast, goals[name], strict=False))
+                targets = dict(zip(fast, goals.get(name, ()), strict=False))
                 rows += measure(hot_spot, size, ipc, repeats[size], setting.device, targets, setting.warm_up)
     return rows
 
@@ -118,7 +140,7 @@ def costs(chosen: list[str], setting: Setting, ipc: int, repeats: int, console: 
     found = []
     changes = {"ipc": ipc, "real": setting.real}
     for name in (name for name in MEMORY if name in chosen):
-        hot_spot = HOT_SPOTS[name](replace(setting, ipc=ipc))
+        hot_spot = SPOTS[name](replace(setting, ipc=ipc))
         for k in range(len(hot_spot.candidates)):
             for allocator in child.ALLOCATORS:
                 console.print(f"{name}, candidate {k}, allocator {allocator} ...", style="dim")
@@ -129,7 +151,7 @@ def costs(chosen: list[str], setting: Setting, ipc: int, repeats: int, console: 
 
 def main(words: Sequence[str] | None = None, console: Console | None = None) -> report.Results:
     given, console = arguments(words), console or report.terminal()
-    sizes, chosen = listed("size", given.sizes, list(SIZES)), listed("hot spot", given.only, list(HOT_SPOTS))
+    sizes, chosen = listed("size", given.sizes, list(SIZES)), listed("hot spot", given.only, list(SPOTS))
     ipcs = counts("ipc", [word for word in given.ipc.split(",") if word])
     threads, real = counts("threads", [given.threads])[0], counts("real batch", [given.real_batch])[0]
     asked = counts("repeats", [given.repeats])[0] if given.repeats is not None else 3 if given.quick else None
@@ -157,7 +179,7 @@ def main(words: Sequence[str] | None = None, console: Console | None = None) -> 
     report.show("Time", *report.timing_cells(rows), console)
     if separate:
         report.show("Memory and allocator", *report.cost_cells(separate), console)
-    whole = len(sizes) == len(SIZES) and len(chosen) == len(HOT_SPOTS) and not given.quick
+    whole = len(sizes) == len(SIZES) and len(chosen) == len(SPOTS) and not given.quick
     if given.out or whole:
         folder, stem = given.out or ROOT / "benchmarks", "results" if device.type == "cpu" else "results_cuda"
         report.write(results, folder, stem)

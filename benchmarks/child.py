@@ -11,12 +11,15 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.feature_spots import FEATURE_SPOTS
 from benchmarks.harness import cost
 from benchmarks.hot_spots import HOT_SPOTS, SIZES
+from benchmarks.kernel_spots import KERNEL_SPOTS
 from lib.companion.allocator import keep_large_blocks
 from lib.files import ROOT
 
 ALLOCATORS = ("default", "tuned")
+SPOTS = HOT_SPOTS | FEATURE_SPOTS | KERNEL_SPOTS
 
 
 def in_process(
@@ -44,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(int(given.threads))
     if given.allocator == "tuned":
         keep_large_blocks()
-    hot_spot = HOT_SPOTS[given.hot_spot](replace(SIZES[given.size], **json.loads(given.changes)))
+    hot_spot = SPOTS[given.hot_spot](replace(SIZES[given.size], **json.loads(given.changes)))
     name = list(hot_spot.candidates)[int(given.candidate)]
     print(json.dumps({"candidate": name, "unit": hot_spot.unit, **cost(hot_spot, name, int(given.repeats))}))
 

@@ -25,6 +25,7 @@ class HotSpot:
         candidates: name -> call without arguments.
         check: relative difference of every candidate's values from the reference's, on the same random numbers.
         tolerance: candidate -> largest difference that counts as equal; a lower precision has its own.
+        most: timed repeats at most, where the reference takes minutes; a single one has no warm-up.
     """
 
     name: str
@@ -33,6 +34,7 @@ class HotSpot:
     candidates: dict[str, Callable[[], object]]
     check: Callable[[], dict[str, float]]
     tolerance: dict[str, float]
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def measure(
 ) -> list[Row]:
     """Check, then time; one row per candidate."""
     differences = assert_equal(hot_spot)
+    repeats, warm_up = min(repeats, hot_spot.most or repeats), 0 if hot_spot.most == 1 else warm_up
     times = medians(hot_spot, repeats, device, warm_up)
     rows = []
     for name, call in hot_spot.candidates.items():
@@ -132,11 +135,11 @@ def cost(hot_spot: HotSpot, candidate: str, repeats: int) -> dict[str, float]:
     call, device = hot_spot.candidates[candidate], torch.device("cpu")
     meter = _peak(call, device)  # the first call; memory above what the process held before
     faults, times = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
-    for _ in range(repeats):
+    for _ in range(min(repeats, hot_spot.most or repeats)):
         times.append(seconds(call, device))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     return {
         "milliseconds": 1000 * statistics.median(times) / hot_spot.units,
-        "page_faults": faults / repeats / hot_spot.units,
+        "page_faults": faults / len(times) / hot_spot.units,
         "peak_mib": meter.peak_bytes / 2**20,
     }

@@ -45,7 +45,7 @@ class Distilled:
 
     Attributes:
         synset: the result.
-        history: metric -> values, ``(steps,)``; snapshots: step -> images in [0, 1], ``(m, c, h, w)``.
+        history: metric -> values, ``(steps,)``; snapshots: step -> stored images in [0, 1], ``(m, c, h, w)``.
         seconds, peak_bytes: of the whole distillation, ``begin`` included; measured when it was computed, not when it was
             found in the cache.
     """
@@ -200,7 +200,7 @@ class _Run:
         raise CompanionError(f"{type(self.method).__name__} stopped: {what}{kept}")
 
     def _snapshot(self) -> None:
-        self.snapshots[self.done] = self.method.finish(self.state).viewable().cpu()
+        self.snapshots[self.done] = self.method.finish(self.state).stored()[0].cpu()
 
     def _core(self) -> dict[str, Any]:
         """What the next step depends on, copied."""

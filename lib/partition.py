@@ -21,19 +21,33 @@ def cells(images: Tensor, factor: int = 2) -> Tensor:
     Raises:
         CompanionError: if the factor does not divide both sides.
     """
-    height, width = images.shape[-2:]
+    check_factor(factor, *images.shape[-2:])
+    rows = images.unflatten(-2, (factor, -1)).unflatten(-1, (factor, -1))  # (m, c, f, h/f, f, w/f)
+    return rows.permute(4, 2, 0, 1, 3, 5).flatten(0, 1)
+
+
+def check_factor(factor: int, height: int, width: int) -> None:
+    """Refuse a factor that does not divide both sides, in one line that lists those that do."""
     if factor < 1 or height % factor or width % factor:
         common = [f for f in range(1, min(height, width) + 1) if height % f == 0 and width % f == 0]
         allowed = ", ".join(map(str, common))
         raise CompanionError(f"partition factor {factor} for {height}x{width} images: allowed {allowed}")
-    rows = images.unflatten(-2, (factor, -1)).unflatten(-1, (factor, -1))  # (m, c, f, h/f, f, w/f)
-    return rows.permute(4, 2, 0, 1, 3, 5).flatten(0, 1)
 
 
 def expand(images: Tensor, factor: int = 2) -> Tensor:
     """Every cell enlarged bilinearly to the full size, ``(m, c, h, w) -> (f^2 m, c, h, w)``, cell by cell."""
     parts = cells(images, factor).flatten(0, 1)
     return F.interpolate(parts, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def expand_by_class(images: Tensor, factor: int = 2) -> Tensor:
+    """:func:`expand` of every class, ``(C, m, c, h, w) -> (C, f^2 m, c, h, w)``, in one call."""
+    if factor == 1:
+        return images
+    classes, count = images.shape[:2]
+    parts = cells(images.flatten(0, 1), factor).unflatten(1, (classes, count)).transpose(0, 1)
+    grown = F.interpolate(parts.flatten(0, 2), size=images.shape[-2:], mode="bilinear", align_corners=False)
+    return grown.unflatten(0, (classes, -1))
 
 
 def expand_labels(labels: Tensor, factor: int = 2) -> Tensor:
@@ -50,16 +64,16 @@ def compose(parts: Tensor) -> Tensor:
     return grid.permute(2, 3, 1, 4, 0, 5).flatten(4, 5).flatten(2, 3)
 
 
-def shrink(images: Tensor, factor: int = 2) -> Tensor:
-    """Whole images reduced bilinearly to a cell, ``(n, c, h, w) -> (n, c, h/f, w/f)``; for f = 2 the 2x2 average."""
+def shrink(images: Tensor, factor: int = 2, mode: str = "bilinear") -> Tensor:
+    """Whole images reduced to a cell, ``(n, c, h, w) -> (n, c, h/f, w/f)``: bilinear (for f = 2 the 2x2 average) or nearest."""
     size = [side // factor for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(images, size=size, mode=mode, align_corners=False if mode == "bilinear" else None)
 
 
-def mosaics(images: Tensor) -> Tensor:
+def mosaics(images: Tensor, mode: str = "bilinear") -> Tensor:
     """``(f^2, m, c, h, w)`` whole images -> ``(m, c, h, w)``: each one shrunk into its cell."""
     factor = round(len(images) ** 0.5)
-    return compose(torch.stack([shrink(part, factor) for part in images]))
+    return compose(torch.stack([shrink(part, factor, mode) for part in images]))
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,14 @@ class SyntheticSet:
         """The images in [0, 1]: normalisation or whitening undone, clipped."""
         return self.transform.inverse(self.images.detach()).clamp(0, 1)
 
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What is stored, to be looked at, in [0, 1], and its hard labels; the decoded images where codes are no images of
+        that size (a latent code, say)."""
+        if self.codes.shape[1:] != self.decoder(self.codes[:1]).shape[1:]:
+            return self.viewable(), self.hard_labels
+        images = self.transform.inverse(self.codes.detach()).clamp(0, 1)
+        return images, self.labels.argmax(1) if self.soft else self.labels
+
     def to(self, device: torch.device | str) -> SyntheticSet:
         moved = {
             name: value.to(device)

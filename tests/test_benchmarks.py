@@ -19,9 +19,9 @@ TINY = Setting(side=8, depth=1, width=8, classes=3, ipc=2, real=4, test=9, epoch
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", HOT_SPOTS)
+@pytest.mark.parametrize("name", child.SPOTS)
 def test_every_fast_path_has_the_values_of_its_reference(name):
-    hot_spot = HOT_SPOTS[name](TINY)
+    hot_spot = child.SPOTS[name](TINY)
     differences = assert_equal(hot_spot)
     assert list(differences) == list(hot_spot.candidates)
     assert list(differences)[0] == REFERENCE
@@ -78,6 +78,16 @@ def test_candidates_take_turns():
     assert rows[0].ratio == 1 and rows[0].target is None and rows[1].target == 3.0
 
 
+def test_a_slow_reference_is_timed_once_without_warm_up():
+    calls = []
+    hot_spot = dataclasses.replace(
+        HOT_SPOTS["siamese"](TINY), check=lambda: {"fast": 0.0}, tolerance={"fast": 0.5}, most=1,
+        candidates={REFERENCE: lambda: calls.append(0), "fast": lambda: calls.append(1)},
+    )  # fmt: skip
+    measure(hot_spot, "L", 1, 5, CPU, {})
+    assert calls == [0, 1]
+
+
 def test_half_precision_candidates_are_listed_where_the_library_has_them():
     """Only built, not run: some processors stop at the instruction."""
     mixed = dataclasses.replace(TINY, mixed=True)
@@ -118,9 +128,11 @@ def test_the_command_prints_and_writes_the_table(tmp_path, tiny_sizes, capsys):
         "--device",
         "cpu",
     ]
+    words += ["--only", "dm,dc,dsa,evaluation,siamese,test,krr-search"]
     results = command.main([*words, "--out", str(tmp_path)], Console(width=160))
     assert {row.hot_spot for row in results.rows} == {
-        "DM step", "DC matching step", "DSA matching step", "evaluation", "siamese DSA", "test pass"
+        "DM step", "DC matching step", "DSA matching step", "evaluation", "siamese DSA", "test pass",
+        "KRR ridge search",
     }  # fmt: skip
     assert {row.ipc for row in results.rows if row.hot_spot == "DM step"} == {1, 2}
     assert "evaluation" in capsys.readouterr().out

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import generator
+from helpers import generator, toy_data
 
 from lib.data.whitening import ZCA, PerImageZCA, Standardise
 from lib.errors import CompanionError
+from lib.evaluate import evaluate, protocol
 from lib.export import eight_bit_loss, folder_names, to_bytes
-from lib.synset import SyntheticSet, check_ipc, class_major, read_safetensors
+from lib.partition import Mosaic, expand
+from lib.synset import Pixels, SyntheticSet, check_ipc, class_major, read_safetensors
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -193,6 +195,70 @@ def test_looking_undoes_the_preprocessing(kind):
     known = transform.statistics(pixels) if kind == "zca-kip" else ()
     back = transform.inverse(transform.forward(pixels), *known)
     torch.testing.assert_close(back, pixels, rtol=0, atol=2e-4)
+
+
+# -- mosaics ------------------------------------------------------------------------------------------------------------
+
+
+def test_mosaics_are_stored_as_they_are_and_trained_on_decoded(tmp_path):
+    synset = make(decoder=Mosaic(2), **FULL | {"weights": None, "indices": None})
+    assert synset.ipc == 2 and synset.bytes_images == make().bytes_images and synset.bytes_labels == 6
+    assert synset.images.shape == (24, 3, 6, 6) and synset.targets.tolist() == 4 * [0, 0, 1, 1, 2, 2]
+    assert torch.equal(synset.images, expand(synset.codes, 2)) and synset.viewable().shape == (24, 3, 6, 6)
+    back = SyntheticSet.load(synset.save(tmp_path / "s"))
+    assert back.decoder == Mosaic(2) and torch.equal(back.codes, synset.codes)
+    assert torch.equal(back.images, synset.images) and torch.equal(back.targets, synset.targets)
+    assert read_safetensors(tmp_path / "s")[1]["codes"].shape == (6, 3, 6, 6)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_is_stored_can_be_looked_at(soft):
+    plain, mosaic = make(soft=soft, spread=3), make(soft=soft, spread=3, decoder=Mosaic(3))
+    assert torch.equal(plain.stored()[0], plain.viewable())
+    for synset in (plain, mosaic):
+        images, labels = synset.stored()
+        assert torch.equal(images, synset.transform.inverse(synset.codes).clamp(0, 1))
+        assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(mosaic.hard_labels) == 54
+
+
+def test_codes_that_are_no_images_are_shown_decoded():
+    class Double:
+        def __call__(self, codes):
+            return codes.repeat(1, 1, 2, 2)
+
+        def labels(self, labels):
+            return labels
+
+    synset = make(decoder=Double())
+    assert synset.stored()[0].shape == (6, 3, 12, 12)
+    assert torch.equal(synset.stored()[0], synset.viewable())
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_mosaics_are_exported_decoded(soft, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    synset = make(soft=soft, decoder=Mosaic(2))
+    out = synset.export(tmp_path / "out")
+    folder, want = ImageFolder(out / "train"), to_bytes(synset.viewable())
+    assert len(folder) == 24
+    for path, label in folder.samples:
+        i = int(os.path.basename(path)[:-4])
+        assert label == synset.hard_labels[i] and (np.asarray(folder.loader(path)) == want[i]).all()
+    assert "24 images for 3 classes (2 stored per class, 2592 bytes of" in (out / "README.md").read_text()
+
+
+def test_mosaics_are_evaluated_decoded():
+    """A set of mosaics counts as the set of its cells, enlarged."""
+    data = toy_data()
+    codes, labels = data.train.sample(2, generator(3)).flatten(0, 1), class_major(3, 2, "cpu")
+    mosaic = SyntheticSet(codes, labels, data.train.classes, data.train.transform, Mosaic(2))
+    plain = replace(mosaic, codes=expand(codes, 2), labels=labels.repeat(4), decoder=Pixels())
+    small = protocol("cpu-small", network="convnet-d2-w4", epochs=12, lr=0.1)
+    one, other = (evaluate(synset, data, small, 0, 2).accuracy for synset in (mosaic, plain))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, evaluate(replace(mosaic, decoder=Pixels()), data, small, 0, 2).accuracy)
 
 
 # -- export -------------------------------------------------------------------------------------------------------------

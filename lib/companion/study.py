@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -110,9 +110,11 @@ class Case:
         return torch.stack([one.history[name] for one in result.distilled])
 
     def show(self, result: Result, *, columns: int = 10, thumbnail: bool = False) -> None:
-        """Save the images of the first set: at the start and at the end of the distillation, and a film strip between them."""
+        """Save the images of the first set: at the start and at the end of the distillation, a film strip between them, and what
+        the first stored image of every class is decoded to, where that is more than itself."""
         one, name = result.distilled[0], f"{result.method.lower()}_{self.dataset}_ipc{self.ipc}"
-        labels, classes, end = one.synset.hard_labels.cpu(), one.synset.classes, one.synset.viewable().cpu()
+        classes = one.synset.classes
+        end, labels = (tensor.cpu() for tensor in one.synset.stored())
         begin = one.snapshots.get(0, end[:0])[: len(end)]
         for part, images in (("start", begin), ("end", end)):
             if len(images):
@@ -122,11 +124,25 @@ class Case:
                 )
                 text = f"{result.method} on {self!r}: images {steps}, by class."
                 self.run.save_figure(figure, f"{part}_{name}", text, thumbnail=thumbnail and part == "end")
+        present = labels.unique().tolist()
+        first = [int((labels == c).nonzero()[0]) for c in present]
+        if len(one.synset.targets) > len(labels):
+            few = replace(one.synset, codes=one.synset.codes[first], labels=one.synset.labels[first])
+            figure = plots.image_grid(
+                few.viewable().cpu(),
+                few.hard_labels.cpu(),
+                classes,
+                f"{result.method} on {self!r}, decoded: what a network trains on",
+            )
+            text = f"What the first stored image of every class is decoded to, {result.method} on {self!r}."
+            self.run.save_figure(figure, f"decoded_{name}", text)
         if len(one.snapshots) > 1:
-            first = [int((labels == c).nonzero()[0]) for c in range(min(4, len(classes)))]
-            film = torch.stack([one.snapshots[step][first] for step in sorted(one.snapshots)])
+            film = torch.stack([one.snapshots[step][first[:4]] for step in sorted(one.snapshots)])
             figure = plots.film_strip(
-                film, sorted(one.snapshots), list(classes[:4]), f"{result.method} on {self!r}"
+                film,
+                sorted(one.snapshots),
+                [classes[c] for c in present[:4]],
+                f"{result.method} on {self!r}",
             )
             self.run.save_figure(
                 figure, f"film_{name}", f"One image of four classes while {result.method} runs."

@@ -113,10 +113,15 @@ def _accuracies(sets: list[SyntheticSet], pairs, test, protocol: Protocol, seed:
     generators = [torch.Generator(test.device).manual_seed(network_seed(seed, i, j)) for i, j in pairs]
     networks = Ensemble.make(protocol.network, test, generators)
     chosen = [sets[i] for i, _ in pairs]
-    images = torch.stack([s.images.detach() for s in chosen]).to(test.device)
+    images = torch.stack([s.images.detach() for s in chosen]).to(test.images)
     labels = torch.stack([(s.hard_labels if protocol.labels == "hard" else s.targets) for s in chosen]).to(
         test.device
     )
+    if labels.is_floating_point() and bool((labels < 0).any()):
+        raise CompanionError(
+            f"labels down to {float(labels.min()):.3g} are targets of a regression, on which cross-entropy has no minimum; "
+            'allowed: 0 or more, or a protocol with labels="hard"'
+        )
     weights = None
     if chosen[0].weights is not None:
         weights = torch.stack([s.weights for s in chosen]).to(test.device)

@@ -14,6 +14,8 @@ and (h w)^2 values per pair shrink to h w.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,8 +78,11 @@ def convolutional(
     Raises:
         CompanionError: for an unknown net, unequal image shapes, and images smaller than the pooling needs.
     """
-    layers = net if set(net) <= set("cpfg") else choose("kernel network", net, NETS)
-    _check(layers, x1, x1 if x2 is None else x2)
+    layers = layers_of(net)
+    _check(net, x1, x1 if x2 is None else x2)
+    while layers[0] == "p":  # the covariance of averages is the average covariance
+        x1, x2 = (x if x is None else F.avg_pool2d(x, 2) for x in (x1, x2))
+        layers = layers[1:]
     exact_on_diagonal = not set(layers) & set("pg")
     diagonal = exact_on_diagonal if diagonal is None else diagonal
     if diagonal and not exact_on_diagonal:
@@ -108,40 +113,64 @@ def convolutional(
     return Kernels(*(torch.cat(part)[place] for part in zip(*values, strict=True)))
 
 
-def _check(layers: str, x1: Tensor, x2: Tensor) -> None:
+def layers_of(net: str) -> str:
+    """The string of layers of a name of :data:`NETS`, or of itself; a one-line error for anything else."""
+    layers = net if set(net) <= set("cpfg") else choose("kernel network", net, NETS)
     if layers[-1:] not in ("f", "g") or set(layers[:-1]) & set("fg") or "c" not in layers:
         raise CompanionError(
             f"kernel network {layers!r}; allowed: c and p in any order with a c, then one f or g"
         )
+    return layers
+
+
+def check_size(net: str, size: Sequence[int]) -> None:
+    """Refuse images of (h, w) pixels that are smaller than the pooling of the network needs."""
+    pools = layers_of(net).count("p")
+    if min(size) < 2**pools:
+        raise CompanionError(
+            f"{min(size)}-pixel images do not survive {pools} poolings; allowed: {2**pools} pixels or more"
+        )
+
+
+def _check(net: str, x1: Tensor, x2: Tensor) -> None:
     if x1.dim() != 4 or x1.shape[1:] != x2.shape[1:]:
         raise CompanionError(
             f"kernel between images {tuple(x1.shape[1:])} and {tuple(x2.shape[1:])}; allowed: equal (c, h, w)"
         )
-    side, pools = min(x1.shape[2:]), layers.count("p")
-    if side < 2**pools:
-        raise CompanionError(
-            f"{side}-pixel images do not survive {pools} poolings; allowed: {2**pools} pixels or more"
-        )
+    check_size(net, x1.shape[2:])
 
 
 def _checkpointed(function, *args):
     return checkpoint(function, *args, use_reentrant=False) if torch.is_grad_enabled() else function(*args)
 
 
-def _covariance(x1: Tensor, x2: Tensor, diagonal: bool) -> Tensor:
-    """<x1[p], x2[p']> / c for n pairs of images: (n, h, w, h, w), or (n, h, w) for p = p'."""
+def _first(x1: Tensor, x2: Tensor, scales: tuple[float, float], diagonal: bool) -> Tensor:
+    """sw^2 A(K) + sb^2 of n pairs of images, (n, h, w, h, w), or (n, h, w) for p = p'.
+
+    A of K = <x[p], x'[p']> / c is the inner product of 3x3 patches: one product of matrices, and no filter over pairs of pixels.
+    """
     if diagonal:
-        return (x1 * x2).mean(1)
-    k = torch.bmm(x1.flatten(2).mT, x2.flatten(2)) / x1.shape[1]
-    return k.view(len(x1), *x1.shape[2:], *x1.shape[2:])
+        return dense(box_filter((x1 * x2).mean(1)), *scales)
+    n, c, h, w = x1.shape
+    patches1, patches2 = (F.unfold(x, 3, padding=1) for x in (x1, x2))
+    offset = x1.new_full((1, 1, 1), scales[1] ** 2)
+    k = torch.baddbmm(offset, patches1.mT, patches2, alpha=scales[0] ** 2 / (9 * c))
+    return k.view(n, h, w, h, w)
 
 
 def _pool(k: Tensor) -> Tensor:
-    """Average over 2x2 windows of both images, dropping an odd last row or column; k (n, h, w, h', w')."""
-    for axis in range(1, k.dim()):
-        half = k.shape[axis] // 2
-        k = k.narrow(axis, 0, 2 * half).unflatten(axis, (half, 2)).mean(axis + 1)
-    return k
+    """Average over 2x2 windows of both images, dropping an odd last row or column; k (n, h, w, h', w').
+
+    With V the (pooled pixels, pixels) matrix of the windows it is V K V^T, two products of matrices.
+    """
+    n, h, w = k.shape[:3]
+    rows, columns = (
+        torch.arange(side, device=k.device) // 2 == torch.arange(side // 2, device=k.device)[:, None]
+        for side in (h, w)
+    )
+    windows = torch.kron(rows.to(k.dtype), columns.to(k.dtype)) / 4
+    half = torch.matmul(k.reshape(n * h * w, h * w), windows.T).view(n, h * w, -1)
+    return torch.matmul(windows, half).view(n, h // 2, w // 2, h // 2, w // 2)
 
 
 def _own_diagonal(k: Tensor) -> Tensor:
@@ -152,15 +181,16 @@ def _own_diagonal(k: Tensor) -> Tensor:
 
 def _variances(x: Tensor, layers: str, scales: tuple[float, float], diagonal: bool) -> list[Tensor]:
     """The variance q[p] that enters every ReLU, (n, h, w) each; pooling mixes pixels, so all of q[p, p'] is carried."""
-    k, out = _covariance(x, x, diagonal), []
+    k, out = None, []
     for layer in layers[:-1]:
         if layer == "p":
             k = _pool(k)
             continue
-        k = dense(box_filter(k), *scales)
+        k = _first(x, x, scales, diagonal) if k is None else dense(box_filter(k), *scales)
         q = k if diagonal else _own_diagonal(k)
         out.append(q)
-        k = k / 2 if diagonal else arc_cosine(k, q[:, :, :, None, None], q[:, None, None])[0]
+        if len(out) < layers.count("c"):
+            k = k / 2 if diagonal else arc_cosine(k, q[:, :, :, None, None], q[:, None, None])[0]
     return out
 
 
@@ -174,14 +204,17 @@ def _pairs(
     diagonal: bool,
 ) -> tuple[Tensor, Tensor]:
     """NNGP and NTK of n pairs of images, (n,) each; q1 and q2 hold :func:`_variances` of the two sides."""
-    k, ntk = _covariance(x1, x2, diagonal), None
+    k = ntk = None
     variances = iter(zip(q1, q2, strict=True))
     for layer in layers[:-1]:
         if layer == "p":
-            k, ntk = _pool(k), ntk if ntk is None else _pool(ntk)
+            k, ntk = _pool(k), _pool(ntk)
             continue
-        k = dense(box_filter(k), *scales)
-        ntk = k if ntk is None else torch.add(k, box_filter(ntk), alpha=scales[0] ** 2)
+        if k is None:
+            ntk = k = _first(x1, x2, scales, diagonal)
+        else:
+            k = dense(box_filter(k), *scales)
+            ntk = torch.add(k, box_filter(ntk), alpha=scales[0] ** 2)
         q, q_ = next(variances)
         k, active = arc_cosine(k, *((q, q_) if diagonal else (q[:, :, :, None, None], q_[:, None, None])))
         ntk = ntk * active

@@ -13,8 +13,10 @@ so one chooses Y_S and Z, forms D and inverts its singular values. Everything is
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,22 +44,38 @@ def regularised_pinv(phi: Tensor, lam: float) -> Tensor:
     return _spectral(phi, lambda s: s / (s.square() + lam)).T
 
 
-def ridge_path(phi: Tensor, y: Tensor) -> Callable[[float], Tensor]:
-    """lambda -> W(lambda) = Y phi_lambda^+ (k, p) for every lambda > 0 from one eigendecomposition.
+class RidgePath(NamedTuple):
+    """W(lambda) = left diag(1 / (values + lambda)) right for every lambda > 0: left (k, r), values (r,), right (r, p)."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    def __call__(self, lam: float) -> Tensor:
+        """W(lambda), (k, p)."""
+        if not lam > 0:
+            raise CompanionError(f"lambda {float(lam):g} on a ridge path; allowed: greater than 0")
+        return self.left / (self.values + lam) @ self.right
+
+    def best(self, lams: Tensor, phi: Tensor, labels: Tensor) -> tuple[int, Tensor]:
+        """Position of the lambda with the best accuracy on features (p, n), labels (n,), the first of equals, and the
+        accuracy of every lambda, (L,); no matrix of the size p x p is formed."""
+        projected = self.right @ phi
+        scores = (self.left / (self.values + lam) @ projected for lam in lams.to(phi))
+        accuracy = torch.stack([(s.argmax(0) == labels).double().mean() for s in scores])
+        return int(accuracy.argmax()), accuracy
+
+
+def ridge_path(phi: Tensor, y: Tensor) -> RidgePath:
+    """The ridge solutions W(lambda) = Y phi_lambda^+ of all lambda > 0 from one eigendecomposition.
 
     phi phi^T = Q L Q^T gives W = Y phi^T Q (L + lambda)^-1 Q^T; with fewer points than features, phi^T phi is taken.
     """
     primal = phi.shape[1] >= phi.shape[0]
     values, q = torch.linalg.eigh(phi @ phi.T if primal else phi.T @ phi)
-    left = (y @ phi.T if primal else y) @ q
-    right = q.T if primal else (phi @ q).T
-
-    def weights(lam: float) -> Tensor:
-        if not lam > 0:
-            raise CompanionError(f"lambda {float(lam):g} on a ridge path; allowed: greater than 0")
-        return left / (values.clamp_min(0) + lam) @ right
-
-    return weights
+    if primal:
+        return RidgePath((y @ phi.T) @ q, values.clamp_min(0), q.T)
+    return RidgePath(y @ q, values.clamp_min(0), (phi @ q).T)
 
 
 def cyclic_labels(k: int, ipc: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -122,13 +140,57 @@ def solve_features(d: Tensor, lam: float = 0.0, signs: Tensor | float = 1.0) -> 
     bound = clipped(d, math.inf)
     if lam > bound * (1 + 1e-12):
         raise CompanionError(f"lambda_S {float(lam):g} leaves no real features; allowed: at most {bound:g}")
-    # Clamped because at the bound the radicand of the largest singular value is 0 up to rounding.
-    return _spectral(d, lambda s: (1 + signs * (1 - 4 * lam * s.square()).clamp_min(0).sqrt()) / (2 * s)).T
+
+    def root(s: Tensor) -> Tensor:
+        # Clamped because at the bound the radicand of the largest singular value is 0 up to rounding.
+        larger = (1 + (1 - 4 * lam * s.square()).clamp_min(0).sqrt()) / (2 * s)
+        # The two roots multiply to lambda, which spares the smaller one its cancellation.
+        return torch.where(torch.as_tensor(signs, device=s.device) > 0, larger, lam / larger)
+
+    return _spectral(d, root).T
 
 
 def student(phi_s: Tensor, y_s: Tensor, lam: float = 0.0) -> Tensor:
     """W_S = Y_S phi_S,lambda^+ (k, p), the ridge solution of a distilled set."""
     return y_s @ regularised_pinv(phi_s, lam)
+
+
+def deep_linear(
+    weights: Sequence[Tensor], w: Tensor, y_s: Tensor, z: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Images X_S (d, m) for phi(x) = P x, P = W_L ... W_1, that widens: d < p, lambda_S = 0 (theorem 5.3).
+
+    m = k: X_S = P^+ (Y_S^+ W)^+, exact iff the columns of W^+ Y_S lie in range(P), as they do for a W that ridge regression
+    has found on features P x. m > k: the recipe, with H = [P W_1^+, W^+ W - I] = U S V^T and V_22 the lower right block of V,
+
+        [C_1; C_2] = H^+ W^+ Y_S,  B = V_22^-1 (Z (I - Y_S^+ Y_S) - C_2),  X_S = W_1^+ (V_12 B + C_1).
+
+    The recipe assumes an invertible V_22. Its rank is returned: with d < p it is d (the kernel of H forces row(W) and
+    null(W) into a d-dimensional space otherwise), so the pseudo-inverse stands for V_22^-1 and nothing is promised.
+
+    Args:
+        weights: (p_l, p_{l-1}), the first one (p_1, d); w: (k, p); y_s: (k, m) of rank k; z: Z' (p, m), needed for m > k.
+    Returns:
+        X_S, and the rank of V_22 (p where m = k, which does not need it).
+    """
+    rank, (k, m) = int(torch.linalg.matrix_rank(y_s)), y_s.shape
+    if rank < k:
+        raise CompanionError(
+            f"labels of rank {rank} for {k} classes; allowed: rank {k}, with {k} points or more"
+        )
+    product = functools.reduce(lambda a, b: b @ a, weights)
+    pinv, p = torch.linalg.pinv, len(product)
+    if m == k:
+        return pinv(product) @ pinv(pinv(y_s) @ w), p
+    first = pinv(weights[0])
+    width = first.shape[1]
+    eye = torch.eye(p, dtype=w.dtype, device=w.device)
+    h = torch.cat([product @ first, pinv(w) @ w - eye], 1)
+    v = torch.linalg.svd(h).Vh.T
+    v12, v22 = v[:width, p:], v[width:, p:]
+    c1, c2 = (pinv(h) @ pinv(w) @ y_s).split([width, p])
+    b = pinv(v22) @ (z - z @ pinv(y_s) @ y_s - c2)
+    return first @ (v12 @ b + c1), int(torch.linalg.matrix_rank(v22))
 
 
 def kip_labels(phi_s: Tensor, gram: Tensor, moment: Tensor, lam: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lib.errors import CompanionError
 from lib.kernels.fc import SIGMA_B, SIGMA_W
+from lib.nets.pool import average_pool
+
+MAP_VALUES = 2**20  # of one layer at a time without gradients: stays in the cache of a CPU core
+MAP_VALUES_CUDA = 2**28
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +52,15 @@ class LeakyNet:
             x = F.leaky_relu(w @ x, self.slope)
         return x
 
-    def inverse(self, phi: Tensor) -> Tensor:
+    def inverse(self, phi: Tensor, exact: bool = True) -> Tensor:
         """The shortest x with phi(x) = ``phi``: W^+ a^-1(...), by least squares (d, n).
 
         Raises:
-            CompanionError: where a layer widens, so that most feature vectors have no x.
+            CompanionError: if ``exact``, where a layer widens, so that most feature vectors have no x.
         """
         for w in reversed(self.weights):
-            _onto(w)
+            if exact:
+                _onto(w)
             phi = torch.linalg.lstsq(w, torch.where(phi < 0, phi / self.slope, phi)).solution
         return phi
 
@@ -131,23 +136,42 @@ def random_blocks(
     Weights from N(0, sw^2 / (9 c_in)), biases from N(0, sb^2) (RFAD: width 256, depth 3).
     """
     fan = [channels, *[width] * (depth - 1)]
-    weights = (_normal((nets, width, c, 3, 3), sigma_w / math.sqrt(9 * c), generator, device) for c in fan)
-    return [(w.to(dtype), _normal((nets, width), sigma_b, generator, device).to(dtype)) for w in weights]
+    if min(nets, channels, width, depth) < 1:
+        raise CompanionError(
+            f"{nets} networks of width {width} and depth {depth}; allowed: at least 1 of each"
+        )
+
+    def normal(shape: tuple[int, ...], std: float) -> Tensor:
+        return (
+            torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).mul_(std).to(device)
+        )
+
+    weights = (normal((nets, width, c, 3, 3), sigma_w / math.sqrt(9 * c)) for c in fan)
+    return [(w, normal((nets, width), sigma_b)) for w in weights]
 
 
 def conv_features(x: Tensor, blocks: Blocks) -> Tensor:
     """Features of x (n, c, h, w) under N networks of [conv 3x3, ReLU, average pooling 2], divided by sqrt(N D).
 
-    The networks run as one grouped convolution. Returns (n, N D): network by network, each flattened as (width, h, w).
+    The networks run as one grouped convolution; without gradients a few images at a time, so that memory does not grow
+    with n. Returns (n, N D): network by network, each flattened as (width, h, w).
     """
     if min(x.shape[2:]) < 2 ** len(blocks):
         raise CompanionError(
             f"{min(x.shape[2:])}-pixel images do not survive {len(blocks)} poolings; allowed: {2 ** len(blocks)} or more"
         )
+    if not torch.is_grad_enabled():
+        values = blocks[0][1].numel() * x[0, 0].numel()
+        rows = max(1, (MAP_VALUES_CUDA if x.is_cuda else MAP_VALUES) // values)
+        return torch.cat([_grouped(part, blocks) for part in x.split(rows)])
+    return _grouped(x, blocks)
+
+
+def _grouped(x: Tensor, blocks: Blocks) -> Tensor:
     for index, (weight, bias) in enumerate(blocks):
         groups = 1 if index == 0 else len(weight)  # the first layer's networks share the image
         x = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=1, groups=groups)
-        x = F.avg_pool2d(F.relu(x), 2)
+        x = average_pool(torch.relu_(x))
     phi = x.flatten(1)
     return phi / math.sqrt(phi.shape[1])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lib.errors import CompanionError
 
@@ -31,13 +32,35 @@ def condition(a: Tensor) -> float:
     return float(size.max() / size.min())
 
 
+class Solve(torch.autograd.Function):
+    """a^-1 b by the Cholesky factor of a, which the backward pass uses again: db = a^-1 dx, da = -db x^T."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        factor = _cholesky(a)
+        x = torch.cholesky_solve(b, factor)
+        ctx.save_for_backward(factor, x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        factor, x = ctx.saved_tensors
+        to_b = torch.cholesky_solve(grad, factor)
+        return -to_b @ x.mT if ctx.needs_input_grad[0] else None, to_b
+
+
 def solve(a: Tensor, b: Tensor) -> Tensor:
-    """a^-1 b of a symmetric positive definite matrix by Cholesky in 64 bits, in the type of b.
+    """a^-1 b of a symmetric positive definite matrix by Cholesky in 64 bits, in the type of b. Differentiable once.
 
     Raises:
         CompanionError: with the condition number when ``a`` is not positive definite, and when it is not finite.
     """
-    factor, failed = torch.linalg.cholesky_ex(a.double())
+    return Solve.apply(a.double(), b.double()).to(b.dtype)
+
+
+def _cholesky(a: Tensor) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(a)
     if failed or not factor.diagonal().isfinite().all():
         if not a.isfinite().all():
             bad = int((~a.isfinite()).sum())
@@ -48,7 +71,7 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
             f"the {len(a)}x{len(a)} kernel is not positive definite (condition number {condition(a):.1e}); "
             "allowed: distinct support points, or a larger ridge"
         )
-    return torch.cholesky_solve(b.double(), factor).to(b.dtype)
+    return factor
 
 
 def predict(k_ts: Tensor, k_ss: Tensor, y_s: Tensor, lam: float = 1e-6, scaled: bool = True) -> Tensor:

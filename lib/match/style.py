@@ -42,17 +42,22 @@ def moment_distance(real: Tensor, syn: Tensor) -> Tensor:
 
     The published form: the maps are averaged over the images *first*; a mean over channels.
     """
-    return _pair_distance(moments(real.mean(1)), moments(syn.mean(1)), relative=False)
+    pair = (torch.stack(moments(maps.mean(1)), -2) for maps in (real, syn))
+    return _pair_distance(*pair, relative=False)
+
+
+def image_moments(maps: Tensor) -> Tensor:
+    """:func:`moments` of every image (biased variance), ``(C, n, K, h, w) -> (C, n, 2, K)``; the authors' later form."""
+    return torch.stack(moments(maps, unbiased=False), -2)
 
 
 def image_moment_distance(real: Tensor, syn: Tensor, relative: bool = True) -> Tensor:
-    r"""Moments of every image (biased variance), then averaged over images, ``(C,)``; the authors' later form.
+    r"""Moments of every image, then averaged over images, ``(C,)``; maps or their :func:`image_moments`.
 
     Args:
         relative: divide each term by the mean square of its real target (plus $10^{-8}$).
     """
-    real_pair, syn_pair = ([v.mean(1) for v in moments(maps, unbiased=False)] for maps in (real, syn))
-    return _pair_distance(real_pair, syn_pair, relative)
+    return _pair_distance(*(_image_moments(v).mean(1) for v in (real, syn)), relative)
 
 
 def style_spread_distance(real: Tensor, syn: Tensor, relative: bool = True) -> Tensor:
@@ -63,18 +68,17 @@ def style_spread_distance(real: Tensor, syn: Tensor, relative: bool = True) -> T
     """
     if min(real.shape[1], syn.shape[1]) < 2:
         raise CompanionError("the spread of 1 image per class does not exist: allowed are 2 or more")
-    real_pair, syn_pair = (
-        [(v.var(1) + EPS).sqrt() for v in moments(maps, unbiased=False)] for maps in (real, syn)
-    )
-    return _pair_distance(real_pair, syn_pair, relative)
+    return _pair_distance(*((_image_moments(v).var(1) + EPS).sqrt() for v in (real, syn)), relative)
 
 
-def _pair_distance(real: tuple[Tensor, Tensor], syn: tuple[Tensor, Tensor], relative: bool) -> Tensor:
-    terms = []
-    for target, value in zip(real, syn, strict=True):
-        term = (value - target).square().mean(-1)
-        terms.append(term / (target.square().mean(-1) + 1e-8) if relative else term)
-    return 0.5 * sum(terms)
+def _image_moments(maps_or_moments: Tensor) -> Tensor:
+    return maps_or_moments if maps_or_moments.dim() == 4 else image_moments(maps_or_moments)
+
+
+def _pair_distance(real: Tensor, syn: Tensor, relative: bool) -> Tensor:
+    """``(C, 2, K)`` both -> ``(C,)``: means over the channels and over the two moments."""
+    gap = (syn - real).square().mean(-1)
+    return (gap / (real.square().mean(-1) + 1e-8) if relative else gap).mean(-1)
 
 
 def accumulation_weights(classes: int, layers: int, legacy: bool = False) -> Tensor:

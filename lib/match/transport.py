@@ -54,8 +54,16 @@ def exact_plan(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tens
     Returns:
         Plan ``(C, n, m)`` and potentials f ``(C, n)``, g ``(C, m)``: $f_i+g_j\le M_{ij}$ and
         $\langle P,M\rangle=\langle a,f\rangle+\langle b,g\rangle$. In the cost's dtype and on its device.
+    Raises:
+        CompanionError: if POT is not installed.
     """
-    import ot
+    try:
+        import ot
+    except ImportError as error:
+        raise CompanionError(
+            "exact transport needs the package POT (import ot), which is not installed here; "
+            "without it: sinkhorn, sliced, or transport in one dimension"
+        ) from error
 
     arrays = [v.detach().double().cpu().numpy() for v in (cost, a, b)]
     solved = []
@@ -134,6 +142,16 @@ def _soft_min(cost: Tensor, potential: Tensor, weights: Tensor, eps: Tensor) -> 
     return -eps * inner.logsumexp(-1)
 
 
+def default_tolerance(cost: Tensor) -> float:
+    """L1 error of a plan's marginals that its number format allows."""
+    return 1e-6 if cost.dtype == torch.float64 else 1e-4
+
+
+def _not_converged(error: Tensor, sweeps: int, tolerance: float) -> None:
+    message = f"Sinkhorn stopped after {sweeps} sweeps with marginal error {error.max().item():.3g}"
+    warnings.warn(f"{message} (tolerance {tolerance:g})", stacklevel=3)
+
+
 def sinkhorn(
     cost: Tensor,
     a: Tensor,
@@ -142,6 +160,7 @@ def sinkhorn(
     tolerance: float | None = None,
     sweeps: int = 1000,
     symmetric: bool = False,
+    warn: bool = True,
 ) -> Entropic:
     r"""Log-domain Sinkhorn for C problems at once, with $\varepsilon$ annealed from max M (halved per sweep).
 
@@ -152,12 +171,13 @@ def sinkhorn(
             1e-6 in float64, 1e-4 in float32, which the rounding of the exponents allows.
         symmetric: the cost is a set against itself and a = b: one potential with the averaged update, which needs tens of
             sweeps where alternating updates need thousands.
+        warn: say so if it does not converge; without it the caller looks at the result's ``error``.
     Warns:
         UserWarning: with the marginal error, if the tolerance is not reached within ``sweeps``.
     """
     cost, a, b = cost.detach(), a.to(cost), b.to(cost)
     if tolerance is None:
-        tolerance = 1e-6 if cost.dtype == torch.float64 else 1e-4
+        tolerance = default_tolerance(cost)
     eps = torch.as_tensor(eps, dtype=cost.dtype, device=cost.device).expand(len(cost)).unsqueeze(-1)  # (C, 1)
     if not (eps > 0).all():
         raise CompanionError(
@@ -177,9 +197,8 @@ def sinkhorn(
         current = torch.maximum(eps, current / 2)
     plan = _plan(cost, f, g, a, b, eps)
     error = _marginal_error(plan, a, b)
-    if not error.max() < tolerance:
-        message = f"Sinkhorn stopped after {sweeps} sweeps with marginal error {error.max().item():.3g}"
-        warnings.warn(f"{message} (tolerance {tolerance:g})", stacklevel=2)
+    if warn and not error.max() < tolerance:
+        _not_converged(error, sweeps, tolerance)
     objective = (a * f).sum(-1) + (b * g).sum(-1)
     return Entropic(plan, f, g, (plan * cost).sum((-2, -1)), objective, error, sweep)
 
@@ -211,24 +230,50 @@ def sinkhorn_divergence(
 
     Args:
         eps: absolute; default: 0.05 times the median cost of the class's batch, detached.
+    Warns:
+        UserWarning: as :func:`sinkhorn`.
+    """
+    value, error = divergence_and_error(real, syn, eps, p, a, b, tolerance, sweeps)
+    tolerance = tolerance or default_tolerance(value)
+    if not error.max() < tolerance:
+        _not_converged(error, sweeps, tolerance)
+    return value
+
+
+def divergence_and_error(
+    real: Tensor,
+    syn: Tensor,
+    eps: float | Tensor | None = None,
+    p: int = 2,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    tolerance: float | None = None,
+    sweeps: int = 1000,
+    relative: float = 0.05,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sinkhorn_divergence` and the largest marginal error of its three plans, both ``(C,)``; nothing is warned of.
+
+    Args:
+        relative: without ``eps``, the regularisation as a multiple of the median cost.
     """
     _finite(real, syn)
     a, b = _weights(a, real), _weights(b, syn)
     cost = cost_matrix(real, syn, p)
     if eps is None:
-        eps = 0.05 * cost.detach().flatten(1).median(1).values
-    terms = []
+        median = cost.detach().flatten(1).median(1).values
+        eps = relative * torch.where(median > 0, median, 1)  # coinciding points have no scale
+    parts, errors = [], []
     for matrix, left, right, same in (
         (cost, a, b, False),
         (cost_matrix(real, real, p), a, a, True),
         (cost_matrix(syn, syn, p), b, b, True),
     ):
-        solved = sinkhorn(matrix, left, right, eps, tolerance, sweeps, symmetric=same)
+        solved = sinkhorn(matrix, left, right, eps, tolerance, sweeps, symmetric=same, warn=False)
         under_plan = (solved.plan * matrix).sum((-2, -1))
-        terms.append(
-            solved.objective + under_plan - under_plan.detach()
-        )  # the value, with the envelope's gradient
-    return terms[0] - 0.5 * terms[1] - 0.5 * terms[2]
+        # the value, with the envelope's gradient
+        parts.append(solved.objective + under_plan - under_plan.detach())
+        errors.append(solved.error)
+    return parts[0] - 0.5 * parts[1] - 0.5 * parts[2], torch.stack(errors).amax(0)
 
 
 # ---------------------------------------------------------------- one dimension and slices

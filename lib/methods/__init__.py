@@ -22,6 +22,20 @@ METHODS = {
     "dc": ("lib.methods.dc", "DC"),
     "dsa": ("lib.methods.dsa", "DSA"),
     "dm": ("lib.methods.dm", "DM"),
+    "m3d": ("lib.methods.m3d", "M3D"),
+    "cafe": ("lib.methods.cafe", "CAFE"),
+    "idm": ("lib.methods.idm", "IDM"),
+    "datadam": ("lib.methods.datadam", "DataDAM"),
+    "ddm": ("lib.methods.ddm", "DDM"),
+    "wasserstein": ("lib.methods.wasserstein", "WassersteinDM"),
+    "krr": ("lib.methods.krr", "KRR"),
+    "kip": ("lib.methods.kip", "KIP"),
+    "conv_kip": ("lib.methods.kip", "ConvKIP"),
+    "rfad": ("lib.methods.rfad", "RFAD"),
+    "frepo": ("lib.methods.frepo", "FRePo"),
+    "coreset": ("lib.methods.coreset", "Coreset"),
+    "lcmat_s": ("lib.methods.lcmat", "LCMatS"),
+    "lcmat_c": ("lib.methods.lcmat", "LCMatC"),
 }
 
 

@@ -101,16 +101,20 @@ class DC:
         if nets.has_batch_norm(networks.template):
             self.freeze_batch_norm(state, generator)
 
-        labels = torch.arange(classes, device=real.device)
-        tensors = networks.parameters | networks.buffers
-        losses, gradient = matching_step(
-            networks.template, tensors, real, syn, labels, self.distance, self.mixed
-        )
+        losses, gradient = self.gap(networks, real, syn, generator)
 
         state.optimiser.zero_grad()
         syn.backward(gradient)  # through the augmentation to the pixels
         state.optimiser.step()
         return losses
+
+    def gap(
+        self, networks: Ensemble, real: Tensor, syn: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What is matched: the distance of every class ``(C,)``, and its gradient with respect to ``syn`` (C, M, c, h, w)."""
+        labels = torch.arange(len(real), device=real.device)
+        tensors = networks.parameters | networks.buffers
+        return matching_step(networks.template, tensors, real, syn, labels, self.distance, self.mixed)
 
     def freeze_batch_norm(self, state: State, generator: torch.Generator) -> None:
         """Set running statistics from a joint batch of all classes, then use them on both sides."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lib import augment
+from lib import augment, partition
 from lib.errors import unknown
 from lib.synset import SyntheticSet, class_major
 
@@ -22,10 +24,38 @@ def initial_pixels(train, ipc: int, init: str, generator: torch.Generator) -> Te
     raise unknown("init", init, INITIAL)
 
 
-def pixel_set(pixels: Tensor, train, ipc: int) -> SyntheticSet:
-    """The synthetic set of class-major pixels with hard labels (a copy)."""
+def real_mosaics(train, ipc: int, factor: int, generator: torch.Generator, mode: str = "bilinear") -> Tensor:
+    """``(C * ipc, c, h, w)``, class-major: every cell a random real image of the class, reduced to its size.
+
+    The ``factor**2 * ipc`` images of a class differ where it has so many, else those of the same cell do. With factor 1 these are
+    random real images.
+    """
+    partition.check_factor(factor, *train.shape[1:])
+    cells, classes = factor**2, train.num_classes
+    if factor == 1:
+        return initial_pixels(train, ipc, "real", generator)
+    if cells * ipc <= train.smallest_class:
+        images = train.sample(cells * ipc, generator).unflatten(1, (cells, ipc)).transpose(0, 1)
+    else:
+        images = torch.stack([train.sample(ipc, generator) for _ in range(cells)])
+    return partition.mosaics(images.reshape(cells, classes * ipc, *train.shape), mode)
+
+
+def pixel_set(pixels: Tensor, train, ipc: int, factor: int = 1) -> SyntheticSet:
+    """The synthetic set of class-major pixels, or mosaics, with hard labels (a copy)."""
     labels = class_major(train.num_classes, ipc, pixels.device)
-    return SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform)
+    synset = SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform)
+    return synset if factor == 1 else replace(synset, decoder=partition.Mosaic(factor))
+
+
+def sequential_rates(lr: float, momentum: float, classes: int) -> tuple[float, float]:
+    r"""Learning rate and momentum of a joint step that stands for one optimiser step per class in turn.
+
+    Some published codes step the optimiser of *all* images after every class: between two gradients of a class its images
+    move C times by their momentum. With $\beta' = \beta^C$ and $\eta' = \eta(1-\beta^C)/(1-\beta)$ one step for all classes
+    takes every class to where it is when its own gradient is due next.
+    """
+    return lr * (1 - momentum**classes) / (1 - momentum), momentum**classes
 
 
 def families(augmentation: str, train) -> tuple[str, ...]:

@@ -1,16 +1,17 @@
-r"""Greedy selections on features ``(n, d)``: herding and k-center.
+r"""Greedy selections on features ``(n, d)``: herding, k-center, and k-center on predictions.
 
 All functions return positions in the order of picking, so that a smaller budget is a prefix of a larger one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lib.errors import CompanionError, unknown
+from lib.select.similarity import symmetric_kl
 
 HERDING_RULES = ("icarl", "welling", "deepcore")
 
@@ -57,16 +58,51 @@ def k_center(features: Tensor, budget: int, first: int = 0, already_selected: Se
         first: the first centre; not used when centres are given.
         already_selected: centres to begin with; they count towards the budget and come first in the result.
     """
-    check_budget(budget, len(features))
-    order = [int(i) for i in already_selected] or [int(first)]
-    centers = torch.tensor(order, device=features.device)
-    nearest = torch.stack([torch.linalg.vector_norm(features - features[c], dim=1) for c in centers]).amin(0)
+
+    def distance(center: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(features - features[center], dim=1)
+
+    return _farthest_first(distance, len(features), budget, first, already_selected, features.device)
+
+
+def contextual_diversity(
+    logits: Tensor, budget: int, first: int = 0, already_selected: Sequence[int] = ()
+) -> Tensor:
+    r"""Farthest-first traversal by what the network says (Agarwal et al., ECCV 2020), logits ``(n, C)``.
+
+    The distance is $\tfrac12\mathrm{KL}(p_a\Vert p_b)+\tfrac12\mathrm{KL}(p_b\Vert p_a)$; else as :func:`k_center`.
+    """
+    divergence = symmetric_kl(logits.log_softmax(1))
+    return _farthest_first(
+        lambda center: divergence.columns(center[None])[:, 0],
+        len(logits),
+        budget,
+        first,
+        already_selected,
+        logits.device,
+    )
+
+
+def _farthest_first(
+    distance: Callable[[Tensor], Tensor],
+    count: int,
+    budget: int,
+    first: int,
+    already_selected: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Picks in order, ties to the lowest index; ``distance``: a centre -> its distances ``(count,)``."""
+    check_budget(budget, count)
+    centers = torch.tensor([int(i) for i in already_selected] or [int(first)], device=device)
+    nearest = torch.stack([distance(center) for center in centers]).amin(0)
+    if not bool(nearest.isfinite().all()):
+        raise CompanionError("a distance between two images is not finite: did the network diverge?")
     nearest[centers] = -torch.inf  # never picked again, even among duplicates
     picks = [centers]
-    for _ in range(budget - len(order)):
+    for _ in range(budget - len(centers)):
         pick = nearest.argmax()
         picks.append(pick[None])
-        nearest = torch.minimum(nearest, torch.linalg.vector_norm(features - features[pick], dim=1))
+        nearest = torch.minimum(nearest, distance(pick))
         nearest[pick] = -torch.inf
     return torch.cat(picks)[:budget]
 

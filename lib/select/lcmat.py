@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.match import curvature
 from lib.select.last_layer import LastLayer
 from lib.select.similarity import Pairwise, euclidean
 
@@ -62,6 +63,15 @@ def gaps(full: LastLayer, subset: LastLayer) -> dict[str, Tensor]:
         "hessian_max": hessian.abs().max(),
         "gradient_variance": (gradient_variance(full) - gradient_variance(subset)).abs().sum(),
     }
+
+
+def top_eigenvalue(full: LastLayer, subset: LastLayer, start: Tensor, steps: int = 100) -> Tensor:
+    r"""$|\lambda_1|$ of the difference of the full Hessians of the last layer, by ``steps`` power iterations from ``start``.
+
+    start: ``(C, 1 + d)``. Nothing of the size $(C(1+d))^2$ is made; :func:`full_hessian` is the dense counterpart.
+    """
+    sides = [curvature.Outputs(o.inputs[None], o.logits[None], o.labels[:1]) for o in (full, subset)]
+    return curvature.top_eigenvalue(*sides, start[None], steps)[0]
 
 
 def gradient_variance(last: LastLayer) -> Tensor:

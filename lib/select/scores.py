@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.errors import CompanionError, unknown
 from lib.select.greedy import check_budget
@@ -79,6 +79,43 @@ def cal(logits: Tensor, nearest: Tensor) -> Tensor:
     for other in nearest.T:
         total += 0.5 * ((p - p[other]) * (log_p - log_p[other])).sum(1)
     return total / nearest.shape[1]
+
+
+def deepfool(network: nn.Module, images: Tensor, iterations: int = 50, rows: int = 256) -> Tensor:
+    r"""Squared length of DeepFool's perturbation (Ducoffe & Precioso 2018), ``(n, c, h, w)`` -> ``(n,)``; small is uncertain.
+
+    With $w_k=\nabla_xf_k-\nabla_xf_{\hat c}$ and $l_k=|f_k-f_{\hat c}|/\lVert w_k\rVert$ for the classes k other than the
+    predicted $\hat c$, every image moves by $l_{\hat k}w_{\hat k}/\lVert w_{\hat k}\rVert$, $\hat k=\arg\min l_k$, until its
+    prediction changes. No overshoot.
+
+    Args:
+        network: in eval mode; iterations: at most so many steps; rows: images in one pass.
+    """
+    return torch.cat([_deepfool(network, part, iterations) for part in images.split(rows)])
+
+
+def _deepfool(network: nn.Module, images: Tensor, iterations: int) -> Tensor:
+    moved, active = images.clone(), torch.arange(len(images), device=images.device)
+    with torch.no_grad():
+        predicted = network(images).argmax(1)
+    for _ in range(iterations):
+        x = moved[active].requires_grad_()
+        logits, own = network(x), predicted[active, None]
+        changed = logits.argmax(1) != own[:, 0]
+        if changed.all():
+            break
+        every_class = torch.eye(logits.shape[1], device=x.device).to(x)[:, None].expand(-1, len(x), -1)
+        (slopes,) = torch.autograd.grad(logits, x, every_class, is_grads_batched=True)  # (C, n, c, h, w)
+        slopes, each = slopes.transpose(0, 1), torch.arange(len(x), device=x.device)
+        w = (slopes - slopes[each, own[:, 0]][:, None]).flatten(2)
+        tiny = torch.finfo(w.dtype).tiny
+        length = (logits - logits.gather(1, own)).detach().abs() / w.norm(dim=2).clamp_min(tiny)
+        nearest = length.scatter(1, own, torch.inf).argmin(1)
+        w = w[each, nearest]
+        step = (length[each, nearest] / w.norm(dim=1).clamp_min(tiny))[:, None] * w
+        moved[active] += step.view_as(x) * ~changed[:, None, None, None]
+        active = active[~changed]
+    return (moved - images).flatten(1).square().sum(1)
 
 
 def glister(

@@ -180,6 +180,26 @@ def stochastic(
     return Picks(torch.stack(order), torch.stack(gains), evaluations)
 
 
+OPTIMISERS = ("naive", "lazy", "approximate_lazy", "stochastic")
+
+
+def maximise(
+    function: SetFunction,
+    budget: int,
+    optimiser: str = "lazy",
+    generator: torch.Generator | None = None,
+    epsilon: float = 0.1,
+) -> Picks:
+    """One of the four greedy optimisers by name; ``approximate_lazy`` accepts a gain from 0.9 of its bound on."""
+    if optimiser == "stochastic":
+        return stochastic(function, budget, generator, epsilon)
+    if optimiser in ("lazy", "approximate_lazy"):
+        return lazy(function, budget, accept=0.9 if optimiser == "approximate_lazy" else 1.0)
+    if optimiser == "naive":
+        return naive(function, budget)
+    raise unknown("optimiser", optimiser, OPTIMISERS)
+
+
 def first_largest(values: Tensor) -> Tensor:
     """Index of the largest value; among those equal to it up to 16 units of rounding, the first."""
     top = values.max()

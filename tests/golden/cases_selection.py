@@ -130,8 +130,8 @@ def lcmat_landscape(a: Arrays) -> Arrays:
     classes, width = int(y.max()) + 1, x.shape[1]
     hidden = (len(theta) - classes) // (width + 1 + classes)
     net = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, classes)).double()
-    loss, _ = landscape.network_loss(net, x, y)
-    gradient, value = torch.func.grad_and_value(loss)(theta)
+    loss = landscape.NetworkLoss(net, x, y)
+    gradient, value = landscape.slope(loss, theta)
     product = landscape.hessian_product(loss, theta)
     hessian = torch.stack([product(v) for v in torch.eye(len(theta)).double()])
     line = landscape.slice_losses(loss, theta, t(a["net_dir"])[None], t(a["slice_alpha"])[:, None])

@@ -1,0 +1,229 @@
+r"""FRePo - Dataset Distillation using Neural Feature Regression with Pooling. Zhou, Nezhadarya & Ba, NeurIPS 2022,
+arXiv 2206.00719.
+
+$$\min_{X_s,\,y_s}\ \tfrac12\,\mathrm{mean}_i\lVert\hat y_{t,i}-y_{t,i}\rVert^2
+ -\mathrm{mean}_j\min\big(y_{s,j}^{(1)}-y_{s,j}^{(2)},\ \tfrac1C\big),\qquad
+\hat y_t=\Phi_t\Phi_s^\top\big(\Phi_s\Phi_s^\top+\lambda\tfrac{\operatorname{tr}}{m}I\big)^{-1}y_s$$
+
+where $\Phi$ are the features of one network of a pool. The last layer is trained to convergence in closed form; the features
+are held fixed for the step and come from networks that are themselves trained on the current S, one Adam step each time they are
+used, and drawn anew after M + 1 such steps. (RFAD takes N fresh networks instead; KIP infinitely wide ones.) $y^{(1)}, y^{(2)}$
+are the two largest entries of a learned label.
+
+Code: the published code is the reference. Its whitening of high resolutions in blocks is left out; ``lib.data.load(...,
+whiten="zca")`` whitens centred pixels as it does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.errors import CompanionError
+from lib.kernels import ridge
+from lib.kernels.lamb import Lamb
+from lib.methods.pixels import initial_pixels
+from lib.nets.pool import average_pool
+from lib.synset import SyntheticSet, class_major
+
+LOWEST = 0.1  # of the cosine schedule, times lr
+NETWORK_BATCH = 1000  # synthetic images in one training step of a network
+
+
+class FeatureNet(nn.Module):
+    """depth x [batch norm (not before the first), convolution 3x3 of width w 2^i, ReLU, average pooling 2], flatten, linear.
+
+    Unlike ``lib.nets.ConvNet`` it normalises what enters a convolution, and widens.
+    """
+
+    def __init__(self, train, width: int, depth: int, norm: bool):
+        super().__init__()
+        side, channels, blocks = train.size + 2 * (train.first_padding - 1), train.channels, []
+        if side < 2**depth:
+            raise CompanionError(
+                f"{train.size}-pixel images do not survive {depth} poolings; allowed: {2**depth} or more"
+            )
+        for i in range(depth):
+            padding = 1 if i else train.first_padding
+            blocks.append(nn.BatchNorm2d(channels) if norm and i else nn.Identity())
+            blocks.append(nn.Conv2d(channels, width * 2**i, 3, padding=padding))
+            channels, side = width * 2**i, side // 2
+        self.blocks = nn.ModuleList(blocks)
+        self.classifier = nn.Linear(channels * side * side, train.num_classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        for norm, convolution in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            x = average_pool(torch.relu_(convolution(norm(x))))
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.embed(x))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """LeCun normal: weights from N(0, 1 / fan-in), cut at two standard deviations; biases 0; norms at their start."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.weight.fill_(1)
+                module.bias.zero_()
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                std = 1 / math.sqrt(module.weight[0].numel()) / 0.87962566103423978  # of the cut normal: 1
+                nn.init.trunc_normal_(module.weight, 0, std, -2 * std, 2 * std, generator=generator)
+                module.bias.zero_()
+
+
+@dataclass
+class State:
+    pixels: Tensor  # X_s, (m, c, h, w)
+    labels: Tensor  # y_s, (m, C)
+    optimiser: Lamb
+    pool: nn.ModuleList  # N networks
+    trainer: torch.optim.Adam  # of all of them; a step moves those with a gradient
+    ages: list[int]  # training steps since the last reset, staggered at the start
+    current: int
+    done: int
+    train: object = field(metadata={"constant": True})
+    ipc: int = field(metadata={"constant": True})
+
+
+@dataclass(frozen=True)
+class FRePo:
+    """Hyper-parameters of the published commands."""
+
+    iterations: int = 500_000
+    networks: int = 10  # N, the pool
+    online_updates: int = 100  # M
+    lr: float = 3e-4  # of images and labels; cosine to a tenth
+    lr_network: float = 3e-4
+    real_batch: int = 1024
+    ridge: float = 1e-6  # lambda, times the mean of the diagonal
+    width: int = 128  # of the first block
+    depth: int = 3  # 4 for 64x64
+    norm: bool = True  # batch norm in the pool's networks
+    flip: bool = True  # add mirror images to the support; off for digits, and for CIFAR-100 from IPC 10
+    learn_labels: bool = True
+    init: str = "real"
+
+    def total_steps(self, ipc: int) -> int:
+        return self.iterations
+
+    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
+        self.check()
+        pixels = initial_pixels(train, ipc, self.init, generator).requires_grad_()
+        classes, hard = train.num_classes, class_major(train.num_classes, ipc, pixels.device)
+        labels = ridge.centred_one_hot(hard, classes, pixels.dtype) / math.sqrt(classes / 10)
+        learned = [pixels, labels.requires_grad_()] if self.learn_labels else [pixels]
+        pool = [
+            FeatureNet(train, self.width, self.depth, self.norm).to(train.device)
+            for _ in range(self.networks)
+        ]
+        for network in pool:
+            network.reset(generator)
+        pool = nn.ModuleList(pool)
+        trainer = torch.optim.Adam(pool.parameters(), lr=self.lr_network)
+        optimiser = Lamb(learned, lr=self.lr)
+        ages = [i * (self.online_updates // self.networks) for i in range(self.networks)]
+        return State(pixels, labels, optimiser, pool, trainer, ages, 0, 0, train, ipc)
+
+    def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+        """One update of images and labels in the features of one network, one training step of that network, and the next."""
+        network = state.pool[state.current].eval().requires_grad_(False)
+        rows = torch.randperm(len(state.train), generator=generator, device=state.pixels.device)[
+            : self.real_batch
+        ]
+        with torch.no_grad():
+            phi_t = network.embed(state.train.images[rows])
+
+        loss = self.objective(network.embed, state.pixels, state.labels, phi_t, state.train.labels[rows])
+
+        state.optimiser.zero_grad()
+        loss.backward()
+        for group in state.optimiser.param_groups:
+            group["lr"] = self.rate(state.done)
+        state.optimiser.step()
+        self.advance(state, generator)
+        state.done += 1
+        state.current = int(torch.randint(self.networks, (), generator=generator, device=rows.device))
+        first, second = state.labels.detach().topk(2, dim=1).values.unbind(1)
+        return {
+            "loss": loss.detach().float(),
+            "label_max": first.mean(),
+            "label_margin": (first - second).mean(),
+        }
+
+    def objective(self, phi, pixels: Tensor, labels: Tensor, phi_t: Tensor, y_t: Tensor) -> Tensor:
+        """Loss of the regression from features ``phi`` of S (and its mirror images) to ``phi_t`` (n, D), classes y_t (n,)."""
+        support, y_s = (
+            (torch.cat([pixels, pixels.flip(3)]), labels.repeat(2, 1)) if self.flip else (pixels, labels)
+        )
+        phi_s, phi_t = (
+            phi(support).double(),
+            phi_t.double(),
+        )  # lambda lies below the rounding of a 32-bit Gram matrix
+        prediction = ridge.predict(phi_t @ phi_s.T, phi_s @ phi_s.T, y_s.double(), self.ridge)
+        wanted = ridge.centred_one_hot(y_t, labels.shape[1])
+        return labels.shape[1] * ridge.mse(prediction, wanted) + ridge.margin(labels)
+
+    def rate(self, done: int) -> float:
+        """Cosine from lr to a tenth of it."""
+        return self.lr * (LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * done / self.iterations)))
+
+    def advance(self, state: State, generator: torch.Generator) -> None:
+        """Train the used network by one step on S as it is now; when it is older than M, draw it anew instead."""
+        k = state.current
+        network = state.pool[k]
+        if state.ages[k] > self.online_updates:
+            network.reset(generator)
+            for parameter in network.parameters():
+                state.trainer.state.pop(parameter, None)
+            state.ages[k] = 0
+            return
+        images, labels = state.pixels.detach(), state.labels.detach()
+        if len(images) > NETWORK_BATCH:
+            rows = torch.randperm(len(images), generator=generator, device=images.device)[:NETWORK_BATCH]
+            images, labels = images[rows], labels[rows]
+        network.train().requires_grad_(True)
+        state.trainer.zero_grad()
+        (F.mse_loss(network(images), labels) * labels.shape[1] / 2).backward()
+        state.trainer.step()
+        state.trainer.zero_grad()
+        state.ages[k] += 1
+
+    def finish(self, state: State) -> SyntheticSet:
+        """The images with their learned labels, or with hard ones."""
+        hard = class_major(state.train.num_classes, state.ipc, state.pixels.device)
+        labels = state.labels.detach().clone() if self.learn_labels else hard
+        return SyntheticSet(state.pixels.detach().clone(), labels, state.train.classes, state.train.transform)
+
+    def check(self) -> None:
+        for name, least in {
+            "networks": 1,
+            "online_updates": 0,
+            "width": 1,
+            "depth": 1,
+            "real_batch": 1,
+        }.items():
+            if getattr(self, name) < least:
+                raise CompanionError(f"{name} {getattr(self, name)}; allowed: {least} or more")
+        if not self.ridge >= 0:
+            raise CompanionError(f"ridge {self.ridge:g}; allowed: 0 or more")
+
+
+_SMALL = FRePo(
+    iterations=400, networks=4, online_updates=20, lr=3e-2, lr_network=3e-3, real_batch=256, width=32
+)
+# Published settings: 500 000 steps for every data set and IPC.
+PRESETS = {
+    "digits": replace(_SMALL, flip=False),
+    "photos16": replace(_SMALL, lr=3e-3, iterations=120),
+    "photos32": replace(_SMALL, lr=3e-3, iterations=120),
+    "paper": FRePo(),
+    "paper-grey": FRePo(flip=False),  # MNIST, FashionMNIST; CIFAR-100 from IPC 10
+    "paper-tinyimagenet": FRePo(depth=4),
+    "paper-tinyimagenet-ipc10": FRePo(depth=4, flip=False),
+}

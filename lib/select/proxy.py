@@ -1,0 +1,202 @@
+r"""The proxy network of a selection: trained once on all data, then asked what it makes of every image.
+
+Training as in DeepCore (Guo et al. 2022, arXiv 2204.08499): SGD at a constant rate, without augmentation, a fresh permutation in
+every epoch; then eval mode. All selectors read one :class:`Trained`: embeddings h, logits $z=Wh+b$ and, through
+:class:`~lib.select.last_layer.LastLayer`, gradients and curvatures of the last linear layer; Forgetting also reads which images
+were right when they were presented.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib import nets
+from lib.cache import digest, stored
+from lib.errors import CompanionError
+from lib.files import write_tensors
+from lib.nets.ensemble import Ensemble
+from lib.select.last_layer import LastLayer
+from lib.sources import code_digest
+from lib.synset import read_safetensors
+from lib.train import _Chance, predict_embeddings, sgd_steps
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """How the proxy is trained; the defaults are those of DeepCore's and LCMat's published commands."""
+
+    network: str = "convnet-d3-w128"  # there ResNet-18
+    epochs: int = 10
+    lr: float = 0.1  # constant
+    momentum: float = 0.9  # Nesterov's
+    weight_decay: float = 5e-4
+    batch: int = 128
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A proxy after its training.
+
+    Attributes:
+        ensemble: the network, as an ensemble of one, in eval mode.
+        train: the data it was trained on, in whose order everything here is.
+        correct: whether an image was classified correctly in the training pass that presented it, before the update,
+            ``(epochs, N)`` bool.
+    """
+
+    ensemble: Ensemble
+    train: object
+    correct: Tensor
+
+    @functools.cached_property
+    def network(self) -> nn.Module:
+        """The network by itself, in eval mode."""
+        return self.ensemble.network(0).eval()
+
+    @functools.cached_property
+    def last(self) -> LastLayer:
+        """Logits, embeddings and labels of all training images, from the last linear layer."""
+        return last_layer(self.network, self.train)
+
+
+def train_proxy(proxy: Proxy, train, generator: torch.Generator) -> Trained:
+    """Train a proxy on all of ``train``, or take the one that the same call made before from the cache.
+
+    The generator is left in the same state either way. A second call with the same generator gives an independent proxy.
+
+    Raises:
+        CompanionError: a setting out of range, or training that diverged.
+    """
+    for name, value in (("epochs", proxy.epochs), ("batch", proxy.batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CompanionError(f"{name} {value!r} of a proxy: must be a whole number of at least 1")
+    ensemble = _Watched.of(Ensemble.make(proxy.network, train, [generator]))
+    key = digest(
+        asdict(proxy),
+        train.fingerprint,
+        train.device.type,
+        generator.get_state().cpu(),
+        code_digest(__name__),
+    )
+
+    def compute() -> dict[str, Tensor]:
+        correct = _fit(ensemble, proxy, train, generator)
+        tensors = {f"network.{name}": tensor for name, tensor in ensemble.tensors.items()}
+        return tensors | {"correct": correct, "generator": generator.get_state()}
+
+    found = stored(f"proxy-{key}", compute)
+    with torch.no_grad():
+        for name, tensor in ensemble.tensors.items():
+            tensor.copy_(found[f"network.{name}"])
+    generator.set_state(found["generator"])
+    if not all(bool(tensor.isfinite().all()) for tensor in ensemble.parameters.values()):
+        raise CompanionError(
+            f"the proxy {proxy.network} diverged on {train.name} at learning rate {proxy.lr:g}"
+        )
+    return Trained(ensemble.train(False), train, found["correct"].to(train.device))
+
+
+def last_layer(network: nn.Module, data) -> LastLayer:
+    """What the last linear layer of a network (eval mode) sees and says for all images of an ``ImageSet``.
+
+    Raises:
+        CompanionError: the network has no ``embed`` followed by a linear ``classifier``, or does not fit the images or classes.
+    """
+    classifier = getattr(network, "classifier", None)
+    if not isinstance(classifier, nn.Linear) or not hasattr(network, "embed"):
+        raise CompanionError(
+            f"{type(network).__name__} has no linear last layer: last-layer gradients need a network with "
+            f"`embed` and a linear `classifier`, such as {', '.join(nets.ARCHITECTURES)}"
+        )
+    if classifier.out_features != data.num_classes:
+        raise CompanionError(
+            f"the network does not fit {data.name}: it has {classifier.out_features} outputs, "
+            f"the data {data.num_classes} classes"
+        )
+    tensors = {name: tensor.detach().unsqueeze(0) for name, tensor in network.state_dict().items()}
+    try:
+        embeddings = predict_embeddings(Ensemble(network, tensors, {}), data.images)[0]
+    except RuntimeError as error:  # of a convolution or a product whose sizes disagree
+        what = str(error).splitlines()[0]
+        raise CompanionError(f"the network does not fit {data.name} images {data.shape}: {what}") from error
+    with torch.no_grad():
+        return LastLayer(classifier(embeddings), embeddings, data.labels)
+
+
+def save_network(network: nn.Module, path: Path | str) -> Path:
+    """Write the parameters and buffers of a network to a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_tensors(path, tensors)
+    return Path(path)
+
+
+def load_network(path: Path | str, name: str, like) -> nn.Module:
+    """The network ``name`` for the images of ``like``, with the weights of a file that :func:`save_network` wrote; eval mode.
+
+    Raises:
+        CompanionError: no such file, or its tensors are not those of this network on these images.
+    """
+    network, (_, tensors) = nets.make(name, like), read_safetensors(path)
+    for key, want in network.state_dict().items():
+        shape = tuple(tensors[key].shape) if key in tensors else "absent"
+        if shape != tuple(want.shape):
+            raise CompanionError(
+                f"the checkpoint {path} does not fit {name} on {like.name}: {key} is {shape}, not {tuple(want.shape)}"
+            )
+    if extra := sorted(tensors.keys() - network.state_dict().keys()):
+        raise CompanionError(
+            f"the checkpoint {path} does not fit {name} on {like.name}: it also has {extra[0]}"
+        )
+    network.load_state_dict(tensors)
+    return network.eval()
+
+
+class _Watched(Ensemble):
+    """An ensemble that keeps the classes it predicts in training passes."""
+
+    @classmethod
+    def of(cls, ensemble: Ensemble) -> _Watched:
+        watched = cls(ensemble.template, ensemble.parameters, ensemble.buffers)
+        watched.predicted = []
+        return watched
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.parameters | self.buffers
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = super().__call__(x)
+        self.predicted.append(logits[0].detach().argmax(1))
+        return logits
+
+
+def _fit(ensemble: _Watched, proxy: Proxy, train, generator: torch.Generator) -> Tensor:
+    """Train in place; which images were right when presented, ``(epochs, N)`` bool."""
+    replay = torch.Generator(generator.device)
+    replay.set_state(generator.get_state())
+    sgd_steps(
+        ensemble,
+        train.images.unsqueeze(0),
+        train.labels.unsqueeze(0),
+        [generator],
+        epochs=proxy.epochs,
+        lr=proxy.lr,
+        momentum=proxy.momentum,
+        weight_decay=proxy.weight_decay,
+        nesterov=True,
+        batch=proxy.batch,
+    )
+    order = _Chance([replay], len(train), min(proxy.batch, len(train)), (), "single", 0.0)  # the same again
+    correct = torch.zeros(proxy.epochs, len(train), dtype=torch.bool, device=train.device)
+    predicted = iter(ensemble.predicted)
+    for epoch in range(proxy.epochs):
+        for b in range(order.batches):
+            rows = order.rows(epoch, b)
+            rows = torch.arange(len(train), device=train.device) if rows is None else rows[0]
+            correct[epoch, rows] = next(predicted) == train.labels[rows]
+    return correct
