@@ -57,7 +57,10 @@ def _figures() -> dict:
         "film": lambda: plots.film_strip(images.reshape(5, 4, 3, 8, 8), [0, 1, 10, 100, 1000], CLASSES[:4]),
         "curves": lambda: plots.curves({"DM": rng.random((3, 50)), "DC": rng.random(50)}, title="Loss"),
         "sweep": lambda: plots.sweep(
-            [0.1, 1, 10], {"a": rng.random((3, 4)), "b": [[1.0], [2.0, 3.0], [4.0]]}, xlabel="weight", logx=True
+            [0.1, 1, 10],
+            {"a": rng.random((3, 4)), "b": [[1.0], [2.0, 3.0], [4.0]]},
+            xlabel="weight",
+            logx=True,
         ),
         "ipc": lambda: plots.accuracy_vs_ipc(_frame(), "Accuracy"),
         "scatter": lambda: plots.embedding_scatter(

@@ -364,11 +364,10 @@ def _mosaic(
             top, start = i * (tall + gap), j * (wide + gap)
             canvas[top : top + tall, start : start + wide] = picture.repeat(zoom, 0).repeat(zoom, 1)
     scale = min(1.0, 900 / canvas.shape[1]) / 100
-    label = 0.085 * max(map(len, left)) + 0.2 if left else 0.1
-    size = (
-        canvas.shape[1] * scale + label,
-        canvas.shape[0] * scale + 0.3 * bool(title) + 0.45 * bool(bottom),
-    )
+    label = 0.1 * max(map(len, left)) + 0.25 if left else 0.1
+    tilted = bottom is not None and max(map(len, bottom)) * 7 > wide * scale * 100
+    below = 0.45 * bool(bottom) + (0.06 * max(map(len, bottom)) if tilted else 0)
+    size = (canvas.shape[1] * scale + label, canvas.shape[0] * scale + 0.3 * bool(title) + below)
     fig, ax = _axes(width=max(size[0], 2.6), height=size[1])
     ax.imshow(canvas)
     ax.set_title(title)
@@ -377,6 +376,6 @@ def _mosaic(
     ax.tick_params(length=0)
     ax.set_yticks([i * (tall + gap) + tall / 2 for i in range(len(rows))] if left else [], left or [])
     ax.set_xticks([j * (wide + gap) + wide / 2 for j in range(across)] if bottom else [], bottom or [])
-    if bottom and max(map(len, bottom)) * 7 > wide * scale * 100:
+    if tilted:
         ax.tick_params(axis="x", labelrotation=35)
     return fig

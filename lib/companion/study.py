@@ -111,7 +111,7 @@ class Case:
 
     def show(self, result: Result, *, columns: int = 10, thumbnail: bool = False) -> None:
         """Save the images of the first set: at the start and at the end of the distillation, a film strip between them, and what
-        the first stored image of every class is decoded to, where that is more than itself."""
+        one stored image of four classes is decoded to, where that is more than itself."""
         one, name = result.distilled[0], f"{result.method.lower()}_{self.dataset}_ipc{self.ipc}"
         classes = one.synset.classes
         end, labels = (tensor.cpu() for tensor in one.synset.stored())
@@ -127,14 +127,15 @@ class Case:
         present = labels.unique().tolist()
         first = [int((labels == c).nonzero()[0]) for c in present]
         if len(one.synset.targets) > len(labels):
+            first = first[:4]
             few = replace(one.synset, codes=one.synset.codes[first], labels=one.synset.labels[first])
             figure = plots.image_grid(
                 few.viewable().cpu(),
                 few.hard_labels.cpu(),
                 classes,
-                f"{result.method} on {self!r}, decoded: what a network trains on",
+                f"{result.method} on {self!r}, decoded",
             )
-            text = f"What the first stored image of every class is decoded to, {result.method} on {self!r}."
+            text = f"What one stored image of four classes is decoded to, {result.method} on {self!r}."
             self.run.save_figure(figure, f"decoded_{name}", text)
         if len(one.snapshots) > 1:
             film = torch.stack([one.snapshots[step][first[:4]] for step in sorted(one.snapshots)])

@@ -35,6 +35,7 @@ def sheets(along, panels: Mapping, *, zlabel: str = "loss", names=("all data", "
         ax.plot_surface(x, y, small, color=PALETTE[1], alpha=0.75, linewidth=0)
         ax.plot_wireframe(x, y, full, color=INK, linewidth=0.6, rcount=15, ccount=15)
         ax.set(zlim=(low, high), xlabel=AXES[0].split(" (")[0], ylabel=AXES[1].split(" (")[0], zlabel=zlabel)
+        ax.set(xticks=_three(at), yticks=_three(at))
         ax.set_title(name, y=0.93)
         ax.zaxis.labelpad = 8
         ax.view_init(elev=22, azim=-60)
@@ -59,7 +60,7 @@ def contours(
     low, high = (float(f([f(surface) for surface in grids.values()])) for f in (np.min, np.max))
     steps = np.geomspace(max(low, high * 1e-4), high, levels) if log else np.linspace(low, high, levels)
     steps[0], steps[-1] = min(low, steps[0]), high + 1e-9 * max(abs(high), 1)
-    columns = min(len(grids), 4)
+    columns = 3 if len(grids) in (5, 6) else min(len(grids), 4)
     rows = -(-len(grids) // columns)
     fig, axes = plt.subplots(
         rows,
@@ -79,8 +80,9 @@ def contours(
     for ax, (name, surface) in zip(axes.flat, grids.items(), strict=False):
         filled = ax.contourf(at, at, surface.T, extend="neither", **options)
         ax.contour(at, at, surface.T, levels=steps, colors=[INK], linewidths=0.4, alpha=0.6)
+        ax.tick_params(labelbottom=True, labelleft=True)
         ax.plot(0, 0, marker="+", color=INK, markersize=9, markeredgewidth=1.6)
-        ax.set(title=name, aspect="equal")
+        ax.set(title=name, aspect="equal", xticks=_three(at), yticks=_three(at))
         ax.grid(visible=False)
     fig.supxlabel(AXES[0], size=9)
     fig.supylabel(AXES[1], size=9)
@@ -117,3 +119,8 @@ def slices(
         ax.axvline(0, color=FAINT, linewidth=0.8, zorder=0)
     fig.legend(loc="outside right center")
     return fig
+
+
+def _three(at: np.ndarray) -> list[float]:
+    """Ticks at both ends and in the middle."""
+    return [float(at[0]), float((at[0] + at[-1]) / 2), float(at[-1])]

@@ -293,7 +293,8 @@ def worst_difference(
 
 
 def gap_bound(full: Loss, subset: Loss, theta: Tensor, rho: float, start: Tensor, steps: int = 50) -> Tensor:
-    r"""$\rho\lVert\nabla\Delta\rVert_2+\frac{\rho^2}2\lVert H_\Delta\rVert_{op}$, above :func:`worst_difference` up to order $\rho^3$.
+    r"""$\rho\lVert\nabla\Delta\rVert_2+\frac{\rho^2}2\lVert H_\Delta\rVert_{op}$, above :func:`worst_difference` up to
+    order $\rho^3$.
 
     The operator norm is the larger end of the spectrum by ``steps`` of Lanczos from ``start`` (P,).
     """

@@ -11,14 +11,14 @@ split; here the last step counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lib import nets
 from lib.cache import digest, stored
-from lib.errors import CompanionError
+from lib.errors import CompanionError, choose
 from lib.evaluate.run import MAP_BYTES, MAP_BYTES_CUDA, Evaluation, accuracy, is_balanced, network_seed
 from lib.kernels.fc import SIGMA_B, SIGMA_W
 from lib.kernels.ridge import centred_one_hot
@@ -34,6 +34,7 @@ class Regression:
     """Settings of RFAD's finite networks; lr, scale and weight decay as tuned for CIFAR-10 at IPC 1 (see :func:`regression`).
 
     Attributes:
+        optimiser: ``sgd`` as RFAD, or ``adam`` as FRePo (which needs fewer steps, and one rate for labels of any length).
         scale: alpha; weight_decay: beta; centred: subtract the initial function.
         labels: ``own`` (hard ones become one-hot minus 1/C), or ``hard`` (arg-max of learned ones first).
     """
@@ -43,6 +44,7 @@ class Regression:
     steps: int = 20_000
     lr: float = 1e-3
     momentum: float = 0.9
+    optimiser: str = "sgd"
     scale: float = 8.0
     weight_decay: float = 0.0
     centred: bool = True
@@ -51,6 +53,7 @@ class Regression:
 
     def __post_init__(self):
         nets.parse(self.network)
+        choose("optimiser", self.optimiser, dict.fromkeys(("sgd", "adam")))
         if self.labels not in ("own", "hard"):
             raise CompanionError(f"labels {self.labels!r}; allowed: hard, own")
         if not (self.scale > 0 and self.lr > 0 and self.weight_decay >= 0 and self.steps >= 1):
@@ -68,17 +71,11 @@ TUNED = {
     "cifar10": {1: (1e-3, 8.0, 0.0), 10: (1e-3, 2.0, 0.0), 50: (1e-2, 2.0, 0.0)},
     "cifar100": {1: (1e-1, 8.0, 0.0), 10: (1e-1, 2.0, 0.0)},
 }
-_SMALL = {
-    "name": "regression-small",
-    "networks": 2,
-    "steps": 200,
-    "lr": 0.1,
-    "network": "convnet-d3-w64-none",
-}
+_SMALL = {"name": "regression-small", "networks": 2, "network": "convnet-d3-w32-none", "optimiser": "adam"}
 SMALL = {
-    "digits": _SMALL,
-    "photos16": _SMALL | {"network": "convnet-d3-w32-none", "steps": 60, "lr": 0.3},
-    "photos32": _SMALL | {"network": "convnet-d3-w32-none", "steps": 60, "lr": 0.3},
+    "digits": _SMALL | {"steps": 100, "lr": 3e-3},
+    "photos16": _SMALL | {"steps": 50, "lr": 1e-2},
+    "photos32": _SMALL | {"steps": 50, "lr": 1e-2},
 }
 
 
@@ -124,23 +121,6 @@ def evaluate_regression(
     return Evaluation(found["accuracy"].cpu(), protocol, is_balanced(data.test), seconds, int(peak))
 
 
-def evaluate_rates(
-    sets,
-    data,
-    protocol: Regression,
-    rates: Sequence[float],
-    seed: int = 0,
-    networks: int | None = None,
-    cache: bool = False,
-) -> Evaluation:
-    """:func:`evaluate_regression` at each learning rate, and of these the one with the best mean test accuracy.
-
-    For comparisons of sets whose labels differ in length, which changes what a learning rate does: every side gets its best one.
-    """
-    found = [evaluate_regression(sets, data, replace(protocol, lr=lr), seed, networks, cache) for lr in rates]
-    return max(found, key=lambda evaluation: evaluation.mean)
-
-
 def regression_targets(synset: SyntheticSet, labels: str = "own", dtype: torch.dtype | None = None) -> Tensor:
     """Labels (m, C) for squared error: learned ones as they are, hard ones as one-hot minus 1/C."""
     dtype = dtype or synset.codes.dtype
@@ -169,7 +149,10 @@ def train_regression(networks: Ensemble, images: Tensor, labels: Tensor, protoco
     start = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         target = protocol.scale * labels + (networks(images) if protocol.centred else 0)
-    optimiser = torch.optim.SGD(parameters, lr=protocol.lr, momentum=protocol.momentum)
+    if protocol.optimiser == "sgd":
+        optimiser = torch.optim.SGD(parameters, lr=protocol.lr, momentum=protocol.momentum)
+    else:
+        optimiser = torch.optim.Adam(parameters, lr=protocol.lr)
     loss = torch.zeros(networks.size)
     for _ in range(protocol.steps):
         loss = (networks(images) - target).square().mean((1, 2)) / protocol.scale**2

@@ -110,7 +110,7 @@ class DataDAM(DM):
         return found
 
 
-# Depth 3 has two layers of attention. The small settings follow the script, whose maps vary less between networks.
+# Depth 3 has two layers of attention. The small settings follow the released script.
 _SMALL = DataDAM(iterations=200, network="convnet-d3-w16", augmentation="none", variant="code")
 _PHOTOS = replace(
     _SMALL, iterations=100, real_batch=32, network="convnet-d3-w32", augmentation="data", lr=0.2

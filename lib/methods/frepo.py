@@ -215,13 +215,13 @@ class FRePo:
 
 
 _SMALL = FRePo(
-    iterations=400, networks=4, online_updates=20, lr=3e-2, lr_network=3e-3, real_batch=256, width=32
+    iterations=240, networks=4, online_updates=20, lr=3e-2, lr_network=3e-3, real_batch=256, width=32
 )
 # Published settings: 500 000 steps for every data set and IPC.
 PRESETS = {
     "digits": replace(_SMALL, flip=False),
-    "photos16": replace(_SMALL, lr=3e-3, iterations=120),
-    "photos32": replace(_SMALL, lr=3e-3, iterations=120),
+    "photos16": replace(_SMALL, lr=3e-3, iterations=80, real_batch=128),
+    "photos32": replace(_SMALL, lr=3e-3, iterations=80, real_batch=128),
     "paper": FRePo(),
     "paper-grey": FRePo(flip=False),  # MNIST, FashionMNIST; CIFAR-100 from IPC 10
     "paper-tinyimagenet": FRePo(depth=4),

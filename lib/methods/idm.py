@@ -214,9 +214,10 @@ def put_back(networks: Ensemble, members: Tensor, changed: Ensemble) -> None:
 
 _CIFAR = IDM()
 _SMALL = IDM(iterations=100, lr=0.4, real_batch=64, network="convnet-d2-w32", augmentation="none", factor=1, ce_weight=0.1,
-             queue=5, interval=10, train_steps=3, train_batch=64, sequential=False)  # fmt: skip
-_PHOTOS = replace(_SMALL, iterations=60, network="convnet-d3-w32", augmentation="data", factor=2, ce_weight=0.01,
-                  train_batch=32)  # fmt: skip
+             queue=5, interval=10, train_steps=3, train_batch=32, sequential=False)  # fmt: skip
+_PHOTOS = replace(
+    _SMALL, iterations=30, network="convnet-d3-w32", augmentation="data", factor=2, ce_weight=0.01
+)
 _IPC1 = replace(_CIFAR, real_batch=5000, interval=5)  # every image of a class of CIFAR-10
 _IMAGENET = replace(
     _CIFAR, network="convnet-d6-w128", ce_weight=3.0, real_batch=128, interval=50, queue=50, train_batch=128

@@ -216,6 +216,7 @@ PRESETS = {
 }
 _CONV_SMALL = ConvKIP(
     iterations=40,
+    lr=0.1,
     target_batch=30,
     augmentation="none",
     nets=("convnet3",),

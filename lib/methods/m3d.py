@@ -148,7 +148,7 @@ class M3D(DM):
 _CIFAR = M3D()
 _SMALL = M3D(iterations=100, real_batch=64, network="convnet-d2-w32", factor=1, ipm=1, sequential=False,
              space="normalised", augmentation="none", mode="single")  # fmt: skip
-_PHOTOS = replace(_SMALL, iterations=60, lr=3.0, network="convnet-d3-w32", factor=2, batch_syn_max=20,
+_PHOTOS = replace(_SMALL, iterations=40, lr=3.0, network="convnet-d3-w32", factor=2, batch_syn_max=20,
                   augmentation="data")  # fmt: skip
 # The released defaults; published accuracies come from per-data-set files with other learning rates.
 PRESETS = {
