@@ -7,7 +7,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent
 
@@ -27,6 +30,16 @@ def pytest_collectstart(collector):
     """nbval's notebooks carry the list of output types that are not compared."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare = (*collector.skip_compare, *UNSTABLE)
+
+
+def pytest_runtest_setup(item):
+    """Begin no further notebook after the time that the test command was given; what was left out is reported as skipped."""
+    limit, notebook = os.environ.get("COMPANION_TEST_UNTIL"), item.parent
+    if limit and hasattr(notebook, "skip_compare"):
+        if not hasattr(notebook, "in_time"):
+            notebook.in_time = time.time() < float(limit)
+        if not notebook.in_time:
+            pytest.skip("not begun within COMPANION_TEST_MINUTES")
 
 
 def pytest_unconfigure():

@@ -51,6 +51,7 @@ Variables
   COMPANION_ENV         folder of the environment, default .venv
   COMPANION_DATA        folder of downloaded data sets, default data
   COMPANION_CACHE       folder of stored intermediate results, default .cache
+  COMPANION_TEST_MINUTES  test: begin no further notebook after so many minutes; it is reported as skipped (default: no limit)
 
 Examples
   ./run_all.sh
@@ -200,6 +201,10 @@ run_tests() {
   local status=0 workers=(-n "$(cores_here)")
   # one thread per process, as in a run of the notebooks
   export OMP_NUM_THREADS=1 COMPANION_BARS=0
+  if [[ -n ${COMPANION_TEST_MINUTES-} ]]; then
+    [[ $COMPANION_TEST_MINUTES =~ ^[0-9]{1,5}$ ]] || fail "COMPANION_TEST_MINUTES is '$COMPANION_TEST_MINUTES'; allowed: a whole number of minutes" 2
+    export COMPANION_TEST_UNTIL=$(($(date +%s) + 60 * 10#$COMPANION_TEST_MINUTES))
+  fi
   "$python" -m pytest tests "${workers[@]}" --dist loadfile "$@" || status=$?
   if ((status == 5)) && (($# > 0)); then status=0; fi # a choice by -k may leave nothing here
   if compgen -G "notebooks/*.ipynb" >/dev/null; then

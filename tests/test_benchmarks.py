@@ -21,7 +21,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", child.SPOTS)
 def test_every_fast_path_has_the_values_of_its_reference(name):
-    hot_spot = child.SPOTS[name](TINY)
+    setting = (
+        dataclasses.replace(TINY, depth=2) if name == "datadam" else TINY
+    )  # its last layer takes no part
+    hot_spot = child.SPOTS[name](setting)
     differences = assert_equal(hot_spot)
     assert list(differences) == list(hot_spot.candidates)
     assert list(differences)[0] == REFERENCE

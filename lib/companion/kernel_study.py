@@ -87,7 +87,7 @@ def row(
         dataset=case.dataset,
         ipc=case.ipc,
         network=network,
-        protocol="kernel regression",
+        protocol="own-kernel",
         labels="soft" if one.soft else "hard",
         seed_scheme=f"{len(values)} sets",
         acc=float(values.mean()),

@@ -83,7 +83,9 @@ def curves(
     ax.set(xlabel=xlabel, ylabel=ylabel + (f" (mean of {smooth})" if smooth > 1 else ""), title=title)
     if log:
         ax.set_yscale("log")
-    if len(series) > 1 or np.atleast_2d(array(next(iter(series.values())))).shape[0] > 1:
+    if len(series) > 4:  # beside the lines, where it hides none
+        fig.legend(loc="outside right center")
+    elif len(series) > 1 or np.atleast_2d(array(next(iter(series.values())))).shape[0] > 1:
         ax.legend()
     return fig
 
