@@ -84,7 +84,7 @@ def test_pictures_keep_their_look_without_metadata():
     ramp = np.tile(np.arange(0, 250, 2, dtype=np.uint8), (40, 1))
     source, buffer = Image.fromarray(ramp).convert("RGBA"), io.BytesIO()
     source.save(buffer, format="PNG", dpi=(99, 99))
-    small = normalise._small_png(base64.b64encode(buffer.getvalue()).decode(), 1000)
+    small = normalise._small_png(base64.b64encode(buffer.getvalue()).decode(), 1000, 256)
     with Image.open(io.BytesIO(base64.b64decode(small))) as image:
         assert image.mode == "P" and not image.info.get("dpi")
         assert np.abs(np.asarray(image.convert("L")).astype(int) - ramp).max() <= 2

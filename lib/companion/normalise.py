@@ -23,7 +23,8 @@ from lib.errors import CompanionError
 from lib.files import ROOT, write_text
 
 BYTES = 300_000  # of a notebook; pictures shrink until it fits
-WIDTHS = (1000, 800, 640, 480, 360)  # pixels
+# pixels across, and colours: what is tried, one after the other
+SIZES = ((1000, 256), (800, 256), (640, 256), (640, 64), (480, 64), (360, 64), (360, 32), (300, 32))
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # ipykernel's remark on its own transport, harmless; every other line on stderr stays.
@@ -36,8 +37,8 @@ def normalised(text: str) -> str:
     Raises:
         CompanionError: if ``text`` is no notebook.
     """
-    for width in WIDTHS:
-        written = _written(_notebook(text), width)
+    for size in SIZES:
+        written = _written(_notebook(text), *size)
         if len(written.encode()) <= BYTES:
             break
     return written
@@ -50,7 +51,7 @@ def _notebook(text: str):
         raise CompanionError(f"not a notebook: {str(error).splitlines()[0]}") from error
 
 
-def _written(node, width: int) -> str:
+def _written(node, width: int, colours: int) -> str:
     node.nbformat, node.nbformat_minor = 4, 5
     node.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     node.cells = [cell for cell in node.cells if not _injected(cell)]
@@ -62,7 +63,7 @@ def _written(node, width: int) -> str:
         if cell.cell_type == "code":
             count += bool(cell.outputs or cell.execution_count)
             cell.execution_count = count if cell.outputs or cell.execution_count else None
-            cell.outputs = _outputs(cell.outputs, cell.execution_count, width)
+            cell.outputs = _outputs(cell.outputs, cell.execution_count, width, colours)
     return nbformat.writes(nbformat.from_dict(node), version=4).rstrip("\n") + "\n"
 
 
@@ -70,7 +71,7 @@ def _injected(cell) -> bool:
     return "injected-parameters" in cell.metadata.get("tags", [])
 
 
-def _outputs(outputs, count: int | None, width: int) -> list:
+def _outputs(outputs, count: int | None, width: int, colours: int) -> list:
     kept = []
     for output in outputs:
         if output.output_type == "stream":
@@ -84,7 +85,7 @@ def _outputs(outputs, count: int | None, width: int) -> list:
             if WIDGET in output.data:
                 continue
             if "image/png" in output.data:
-                output.data["image/png"] = _small_png(output.data["image/png"], width)
+                output.data["image/png"] = _small_png(output.data["image/png"], width, colours)
             alt = output.metadata.get("image/png", {}).get("alt")
             output.metadata = {"image/png": {"alt": alt}} if alt else {}
         if output.output_type == "execute_result":
@@ -93,15 +94,15 @@ def _outputs(outputs, count: int | None, width: int) -> list:
     return kept
 
 
-def _small_png(encoded: str, width: int) -> str:
-    """At most ``width`` pixels wide, 256 colours, no metadata; what is so already comes back as it is."""
+def _small_png(encoded: str, width: int, colours: int) -> str:
+    """At most ``width`` pixels wide, so many colours, no metadata; what is so already comes back as it is."""
     image = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if image.mode != "P" or image.width > width:
+    if image.mode != "P" or image.width > width or len(image.getcolors()) > colours:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         if image.width > width:
             image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-        image = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        image = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.info.clear()
     image.save(buffer, format="PNG", optimize=True)
