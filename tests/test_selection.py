@@ -10,8 +10,8 @@ from helpers import generator
 
 from lib.distill import distill
 from lib.errors import CompanionError
-from lib.methods import selection
 from lib.methods.selection import Herding, KCenter, RandomReal, embeddings
+from lib.select import proxy
 from lib.select.greedy import HERDING_RULES, herding, k_center
 
 
@@ -172,7 +172,7 @@ def test_k_center_starts_depend_on_the_seed(toy):
 @pytest.mark.parametrize("method", [Herding(**SMALL), KCenter(**SMALL)], ids=["herding", "k_center"])
 def test_a_warm_cache_changes_nothing(toy, method, monkeypatch):
     cold = distill(method, toy.train, 3, 1).synset.indices
-    monkeypatch.setattr(selection, "sgd_steps", lambda *_, **__: pytest.fail("the proxy was trained again"))
+    monkeypatch.setattr(proxy, "sgd_steps", lambda *_, **__: pytest.fail("the proxy was trained again"))
     assert torch.equal(distill(method, toy.train, 3, 1).synset.indices, cold)
     for other in ({"proxy_epochs": 3}, {"network": "convnet-d2-w8"}):
         with pytest.raises(pytest.fail.Exception, match="again"):

@@ -7,13 +7,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lib.kernels.per_tensor import PerTensor
 
-class Lamb(torch.optim.Optimizer):
+
+class Lamb(PerTensor):
     """Adam whose step, for every tensor as a whole, has the length lr |theta|.
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps),
     theta <- theta - lr |theta| / |u| u      (|theta| / |u| = 1 where either is 0; no weight decay)
     """
+
+    statistics = ("m", "v")
 
     def __init__(
         self,
@@ -24,21 +28,11 @@ class Lamb(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            (b1, b2), eps = group["betas"], group["eps"]
-            for theta in group["params"]:
-                if theta.grad is None:
-                    continue
-                state = self.state[theta]
-                if not state:
-                    state.update(step=0, m=torch.zeros_like(theta), v=torch.zeros_like(theta))
-                state["step"] += 1
-                m, v, t = state["m"], state["v"], state["step"]
-                m.lerp_(theta.grad, 1 - b1)
-                v.lerp_(theta.grad.square(), 1 - b2)
-                update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
-                length, step = theta.norm(), update.norm()
-                trust = torch.where((length > 0) & (step > 0), length / step, 1.0)
-                theta.sub_(update * (group["lr"] * trust))
+    def move(self, theta: Tensor, m: Tensor, v: Tensor, t: int, group: dict) -> None:
+        (b1, b2), eps = group["betas"], group["eps"]
+        m.lerp_(theta.grad, 1 - b1)
+        v.lerp_(theta.grad.square(), 1 - b2)
+        update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + eps)
+        length, step = theta.norm(), update.norm()
+        trust = torch.where((length > 0) & (step > 0), length / step, 1.0)
+        theta.sub_(update * (group["lr"] * trust))

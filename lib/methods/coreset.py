@@ -13,6 +13,7 @@ pretrained ResNet for k-center and CAL; here it is the proxy.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import choose, unknown
+from lib.methods.selection import class_rows, real_set
 from lib.select import greedy, scores, similarity, submodular
 from lib.select.gradmatch import orthogonal_matching
 from lib.select.last_layer import LastLayer, batch_scale
@@ -31,7 +33,7 @@ Choice = tuple[Tensor, Tensor | None]  # positions in the order of picking, and 
 
 
 @dataclass(frozen=True)
-class ProxySelection:
+class ProxySelection(ABC):
     """What selections by a proxy share: train it, choose within every class, hand back the images with their positions."""
 
     proxy: Proxy = field(default_factory=Proxy)
@@ -69,7 +71,7 @@ class ProxySelection:
     def groups(self, train, ipc: int) -> list[tuple[Tensor, int]]:
         """Positions to choose among, and how many: per class, or all together."""
         if self.balanced:
-            rows = [(train.labels == c).nonzero().flatten() for c in range(train.num_classes)]
+            rows = class_rows(train)
         else:
             rows = [torch.arange(len(train), device=train.device)]
         counts = [len(part) for part in rows]
@@ -80,9 +82,9 @@ class ProxySelection:
             greedy.check_budget(budget, count)
         return list(zip(rows, budgets, strict=True))
 
+    @abstractmethod
     def pick(self, proxies: list[Trained], rows: Tensor, budget: int, generator: torch.Generator) -> Choice:
         """Positions among ``rows``, and weights where the rule has them."""
-        raise NotImplementedError
 
     def gradients(self, trained: Trained, rows: Tensor) -> LastLayer:
         """Last-layer gradients of these images; in a published variant, of the means of consecutive batches."""
@@ -119,18 +121,6 @@ class Coreset(ProxySelection):
     def pick(self, proxies: list[Trained], rows: Tensor, budget: int, generator: torch.Generator) -> Choice:
         order, weights = RULES[self.rule](self, proxies, rows, budget, generator)
         return order, weights if self.weighted else None
-
-
-def real_set(train, indices: Tensor, weights: Tensor | None = None) -> SyntheticSet:
-    """Real images as a synthetic set, with their positions and weights."""
-    return SyntheticSet(
-        train.images[indices].clone(),
-        train.labels[indices],
-        train.classes,
-        train.transform,
-        weights=weights,
-        indices=indices,
-    )
 
 
 # Rules: (method, proxies, rows, budget, generator) -> positions among the rows and weights --------------------------------

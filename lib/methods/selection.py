@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.cache import digest, stored
 from lib.errors import unknown
-from lib.methods.pixels import pixel_set
 from lib.nets.ensemble import Ensemble
 from lib.select.greedy import herding, k_center
-from lib.sources import code_digest
+from lib.select.proxy import Proxy, train_proxy
 from lib.synset import SyntheticSet
-from lib.train import predict_embeddings, sgd_steps
+from lib.train import predict_embeddings
 
 FEATURES = ("proxy", "random", "pixels")
 
@@ -32,16 +30,10 @@ class RandomReal:
         return 0
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> SyntheticSet:
-        return self._set(train, train.indices(ipc, generator).flatten(), ipc)
+        return real_set(train, train.indices(ipc, generator).flatten())
 
     def finish(self, state: SyntheticSet) -> SyntheticSet:
         return state
-
-    @staticmethod
-    def _set(train, indices: Tensor, ipc: int) -> SyntheticSet:
-        chosen = pixel_set(train.images[indices], train, ipc)
-        chosen.indices = indices
-        return chosen
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class Herding(RandomReal):
     def begin(self, train, ipc: int, generator: torch.Generator) -> SyntheticSet:
         points = embeddings(train, self.features, self.network, self.proxy_epochs, generator)
         picks = [rows[self.pick(points[rows], ipc, generator)] for rows in class_rows(train)]
-        return self._set(train, torch.cat(picks), ipc)
+        return real_set(train, torch.cat(picks))
 
     def pick(self, points: Tensor, ipc: int, generator: torch.Generator) -> Tensor:
         """Positions among the points ``(n, d)`` of one class."""
@@ -72,6 +64,18 @@ class KCenter(Herding):
         return k_center(points, ipc, int(first))
 
 
+def real_set(train, indices: Tensor, weights: Tensor | None = None) -> SyntheticSet:
+    """Real images as a synthetic set, with their positions and weights."""
+    return SyntheticSet(
+        train.images[indices].clone(),
+        train.labels[indices],
+        train.classes,
+        train.transform,
+        weights=weights,
+        indices=indices,
+    )
+
+
 def class_rows(train) -> list[Tensor]:
     """Positions of the images of every class."""
     return [(train.labels == c).nonzero().flatten() for c in range(train.num_classes)]
@@ -79,25 +83,13 @@ def class_rows(train) -> list[Tensor]:
 
 def embeddings(train, kind: str, network: str, epochs: int, generator: torch.Generator) -> Tensor:
     """Features ``(N, d)`` of all training images: of a trained proxy (cached), an untrained network, or the pixels."""
+    if kind == "proxy":
+        return train_proxy(Proxy(network, epochs), train, generator).last.embeddings
+    if kind == "random":
+        return predict_embeddings(Ensemble.make(network, train, [generator]), train.images)[0]
     if kind == "pixels":
         return train.images.flatten(1)
-    if kind not in FEATURES:
-        raise unknown("features", kind, FEATURES)
-    key = digest(kind, network, epochs, train.fingerprint, generator.get_state().cpu(), code_digest(__name__))
-
-    def compute() -> dict[str, Tensor]:
-        proxy = Ensemble.make(network, train, [generator])
-        if kind == "proxy":
-            images, labels = train.images.unsqueeze(0), train.labels.unsqueeze(0)
-            options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True, "batch": 128}
-            sgd_steps(proxy, images, labels, [generator], epochs=epochs, **options)
-        return {"embedding": predict_embeddings(proxy, train.images)[0], "generator": generator.get_state()}
-
-    found = stored(f"embedding-{key}", compute)
-    generator.set_state(
-        found["generator"]
-    )  # the draws that follow do not depend on whether the cache was warm
-    return found["embedding"].to(train.device)
+    raise unknown("features", kind, FEATURES)
 
 
 _SMALL = {"digits": "convnet-d2-w32", "photos16": "convnet-d3-w32", "photos32": "convnet-d3-w32"}
