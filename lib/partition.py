@@ -40,16 +40,6 @@ def expand(images: Tensor, factor: int = 2) -> Tensor:
     return F.interpolate(parts, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def expand_by_class(images: Tensor, factor: int = 2) -> Tensor:
-    """:func:`expand` of every class, ``(C, m, c, h, w) -> (C, f^2 m, c, h, w)``, in one call."""
-    if factor == 1:
-        return images
-    classes, count = images.shape[:2]
-    parts = cells(images.flatten(0, 1), factor).unflatten(1, (classes, count)).transpose(0, 1)
-    grown = F.interpolate(parts.flatten(0, 2), size=images.shape[-2:], mode="bilinear", align_corners=False)
-    return grown.unflatten(0, (classes, -1))
-
-
 def expand_labels(labels: Tensor, factor: int = 2) -> Tensor:
     """Labels of :func:`expand`'s images, ``(m, ...) -> (f^2 m, ...)``."""
     return labels.repeat(factor**2, *[1] * (labels.dim() - 1))
@@ -78,13 +68,23 @@ def mosaics(images: Tensor, mode: str = "bilinear") -> Tensor:
 
 @dataclass(frozen=True)
 class Mosaic:
-    """The decoder of a stored mosaic (see ``lib.synset``): every code ``(c, h, w)`` is trained on as f^2 images of that size."""
+    """A formation (see ``lib.formation``): every stored image is trained on as the f^2 cells of its mosaic, each enlarged."""
 
     factor: int = 2
     name: str = "mosaic"
+
+    @property
+    def multiplicity(self) -> int:
+        return self.factor**2
 
     def __call__(self, codes: Tensor) -> Tensor:
         return expand(codes, self.factor)
 
     def labels(self, labels: Tensor) -> Tensor:
         return expand_labels(labels, self.factor)
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        check_factor(self.factor, *shape[1:])
+
+    def pack(self, images: Tensor, mode: str = "bilinear") -> Tensor:
+        return mosaics(images, mode)

@@ -19,27 +19,9 @@ from torch import Tensor
 from lib.data.whitening import from_saved
 from lib.errors import CompanionError, choose
 from lib.files import write_tensors
-from lib.partition import Mosaic
+from lib.formation import DECODERS, Pixels
 
 FORMAT = "distillation-companion/1"
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """The plainest parameterisation: what is stored is what is trained on."""
-
-    name: str = "pixels"
-
-    def __call__(self, codes: Tensor) -> Tensor:
-        return codes
-
-    def labels(self, labels: Tensor) -> Tensor:
-        """Labels of the decoded images."""
-        return labels
-
-
-# name in a saved file -> class; its fields are saved beside the name
-DECODERS = {"pixels": Pixels, "mosaic": Mosaic}
 
 
 @dataclass

@@ -13,11 +13,13 @@ from test_distill import interrupted, same
 from lib import nets, partition
 from lib.distill import distill
 from lib.errors import CompanionError
+from lib.formation import decode_by_class
 from lib.match import features
 from lib.methods import idm
 from lib.methods.dm import DM
 from lib.methods.idm import IDM
-from lib.methods.pixels import real_mosaics
+from lib.methods.pixels import initial_codes
+from lib.partition import Mosaic
 
 NET = "convnet-d2-w4"
 SMALL = IDM(iterations=7, lr=0.4, real_batch=8, network=NET, augmentation="none", queue=4, start=2, interval=2, fetch=2,
@@ -93,7 +95,7 @@ class Member:
 
 def slow_idm(method, train, ipc, seed, keep):
     g = generator(seed)
-    x = real_mosaics(train, ipc, 2, g).unflatten(0, (3, ipc))
+    x = initial_codes(Mosaic(2), train, ipc, "mix", g).unflatten(0, (3, ipc))
     slots = [Member(train, g, method) for _ in range(method.start)]
     pushed, velocity, losses = method.start, torch.zeros_like(x), []
     for step in range(method.iterations):
@@ -238,13 +240,13 @@ def test_other_networks_work(toy, network):
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_expansion_of_all_classes_is_that_of_each(factor):
     images = torch.randn(3, 2, 1, 8, 8, generator=generator())
-    got = partition.expand_by_class(images, factor)
+    got = decode_by_class(Mosaic(factor), images)
     assert got.shape == (3, 2 * factor**2, 1, 8, 8)
     torch.testing.assert_close(got, torch.stack([partition.expand(part, factor) for part in images]))
 
 
 def test_cells_are_averages_of_real_images(toy):
-    start = real_mosaics(toy.train, 2, 2, generator(3)).unflatten(0, (3, 2))
+    start = initial_codes(Mosaic(2), toy.train, 2, "mix", generator(3)).unflatten(0, (3, 2))
     for c in range(3):
         found = partition.cells(start[c]).flatten(0, 1).flatten(1)
         real = F.avg_pool2d(toy.train.of_class(c), 2).flatten(1)

@@ -12,11 +12,13 @@ from test_distill import interrupted, same
 from lib import nets, partition
 from lib.distill import distill
 from lib.errors import CompanionError
+from lib.formation import Pixels
 from lib.match import mmd
 from lib.methods import m3d
 from lib.methods.dm import DM
 from lib.methods.m3d import M3D
-from lib.methods.pixels import real_mosaics, sequential_rates
+from lib.methods.pixels import initial_codes, sequential_rates
+from lib.partition import Mosaic
 
 NET = "convnet-d2-w4"
 OFF = {"factor": 1, "ipm": 1, "space": "normalised", "sequential": False, "mode": "single", "lr": 1.0}
@@ -177,20 +179,22 @@ def test_unit_pixels_are_clamped(valid):
 
 def test_mosaics_of_real_images(toy):
     """Every cell is a real image of the class, every second pixel of it; the images of a class differ."""
-    start = real_mosaics(toy.train, 2, 2, generator(3), "nearest").unflatten(0, (3, 2))
+    start = initial_codes(Mosaic(2), toy.train, 2, "mix", generator(3), mode="nearest").unflatten(0, (3, 2))
     for c in range(3):
         found = partition.cells(start[c]).flatten(0, 1).flatten(1)
         real = toy.train.of_class(c)[:, :, ::2, ::2].flatten(1)
         match = (found[:, None] == real).all(2)
         assert (match.sum(1) == 1).all() and match.any(0).sum() == 8
     assert torch.equal(
-        real_mosaics(toy.train, 2, 1, generator(3)), toy.train.sample(2, generator(3)).flatten(0, 1)
+        initial_codes(Pixels(), toy.train, 2, "mix", generator(3)), toy.train.sample(2, generator(3)).flatten(0, 1)
     )
 
 
 def test_more_cells_than_images_of_a_class(toy):
     """20 images per class, 4 x 12 cells: those of one cell still differ."""
-    cells = partition.cells(real_mosaics(toy.train, 12, 2, generator(3), "nearest")).unflatten(1, (3, 12))
+    cells = partition.cells(
+        initial_codes(Mosaic(2), toy.train, 12, "mix", generator(3), mode="nearest")
+    ).unflatten(1, (3, 12))
     assert all(len(cells[k, c].flatten(1).unique(dim=0)) == 12 for k in range(4) for c in range(3))
 
 

@@ -18,8 +18,9 @@ from lib.data.whitening import ZCA, PerImageZCA, Standardise
 from lib.errors import CompanionError
 from lib.evaluate import evaluate, protocol
 from lib.export import eight_bit_loss, folder_names, to_bytes
+from lib.formation import Pixels
 from lib.partition import Mosaic, expand
-from lib.synset import Pixels, SyntheticSet, check_ipc, class_major, read_safetensors
+from lib.synset import SyntheticSet, check_ipc, class_major, read_safetensors
 
 CLASSES = ("cat", "dog", "owl")
 

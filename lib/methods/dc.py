@@ -15,17 +15,20 @@ classes are disjoint pixels, so the two coincide. The paper counts network *step
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib import augment, nets
 from lib.errors import choose
+from lib.formation import Pixels, decode_by_class
 from lib.match.gradient import DISTANCES, matching_step
-from lib.methods.pixels import augment_by_class, by_class, families, initial_pixels, pixel_set
+from lib.methods.pixels import augment_by_class, by_class, families, initial_codes, pixel_set
 from lib.nets.ensemble import Ensemble
+from lib.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet, class_major
-from lib.train import sgd_steps
+from lib.train import predict_embeddings, sgd_steps
 
 # IPC -> (matching steps T per network, epochs of network training between two of them); appendix and code
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -40,6 +43,7 @@ class State:
     t: int  # matching steps done with this network
     train: object = field(metadata={"constant": True})
     ipc: int = field(metadata={"constant": True})
+    memory: Memory = field(default_factory=Memory, kw_only=True)  # of the sampler
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class DC:
     augmentation: str = "none"
     siamese: bool = True  # share the augmentation between real and synthetic images
     mixed: bool = False  # real gradients in bfloat16
+    mode: str = (
+        "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
+    )
+    formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
+    sampler: Any = RandomBatches()  # which real images a step looks at (lib.sampler)
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """$(T, \\varsigma_\\theta)$ for this IPC: the published table, else T = IPC and about 500 / IPC epochs."""
@@ -71,7 +80,7 @@ class DC:
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
         choose("distance", self.distance, DISTANCES)
-        pixels = initial_pixels(train, ipc, self.init, generator).requires_grad_()
+        pixels = initial_codes(self.formation, train, ipc, self.init, generator).requires_grad_()
         optimiser = torch.optim.SGD([pixels], lr=self.lr, momentum=self.momentum)  # one for the whole run
         return State(pixels, optimiser, Ensemble.make(self.network, train, [generator]), 0, train, ipc)
 
@@ -80,6 +89,7 @@ class DC:
         inner, epochs = self.loops(state.ipc)
         if state.t == 0:
             state.networks = Ensemble.make(self.network, state.train, [generator])
+            state.memory.restart()
 
         losses = self.match(state, generator)
 
@@ -90,13 +100,9 @@ class DC:
 
     def match(self, state: State, generator: torch.Generator) -> Tensor:
         """Update S by the gradient distance at the current network; the loss of every class."""
-        train, classes = state.train, state.train.num_classes
-        real = train.sample(min(self.real_batch, train.smallest_class), generator)  # (C, B, c, h, w)
-        syn = by_class(state.pixels, classes)  # (C, M, c, h, w)
-        if names := families(self.augmentation, train):
-            omega = augment.draw(names, classes, generator)
-            real = augment_by_class(real, omega)
-            syn = augment_by_class(syn, omega if self.siamese else augment.draw(names, classes, generator))
+        real = self.real(state, generator)  # (C, B, c, h, w)
+        syn = self.images(state, generator)  # (C, M, c, h, w)
+        real, syn = self.transform(real, syn, state.train, generator)
         networks = state.networks.train()
         if nets.has_batch_norm(networks.template):
             self.freeze_batch_norm(state, generator)
@@ -104,9 +110,34 @@ class DC:
         losses, gradient = self.gap(networks, real, syn, generator)
 
         state.optimiser.zero_grad()
-        syn.backward(gradient)  # through the augmentation to the pixels
+        syn.backward(gradient)  # through the augmentation and the formation to the pixels
         state.optimiser.step()
         return losses
+
+    def real(self, state: State, generator: torch.Generator) -> Tensor:
+        """The real batch of every class, ``(C, B, c, h, w)``."""
+
+        def embed(images: Tensor) -> Tensor:
+            return predict_embeddings(state.networks, images)[0]
+
+        count = min(self.real_batch, state.train.smallest_class)
+        return self.sampler.draw(state.memory, state.train, count, generator, embed)
+
+    def images(self, state: State, generator: torch.Generator) -> Tensor:
+        """The synthetic images that are compared, ``(C, M, c, h, w)``: what the stored ones are decoded to."""
+        return decode_by_class(self.formation, by_class(state.pixels, state.train.num_classes))
+
+    def transform(
+        self, real: Tensor, syn: Tensor, train, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        r"""$\mathcal A_\omega$ with one $\omega$ per class, shared by both sides if siamese."""
+        if names := families(self.augmentation, train):
+            omega = augment.draw(names, len(real), generator, mode=self.mode)
+            real = augment_by_class(real, omega)
+            if not self.siamese:
+                omega = augment.draw(names, len(real), generator, mode=self.mode)
+            syn = augment_by_class(syn, omega)
+        return real, syn
 
     def gap(
         self, networks: Ensemble, real: Tensor, syn: Tensor, generator: torch.Generator
@@ -131,17 +162,18 @@ class DC:
         labels = class_major(state.train.num_classes, state.ipc, state.pixels.device)
         sgd_steps(
             state.networks,
-            state.pixels.detach().unsqueeze(0),
-            labels.unsqueeze(0),
+            self.formation(state.pixels.detach()).unsqueeze(0),
+            self.formation.labels(labels).unsqueeze(0),
             [generator],
             epochs=epochs,
             lr=self.lr_network,
             batch=self.network_batch,
             augmentation=strategy,
+            mode=self.mode,
         )
 
     def finish(self, state: State) -> SyntheticSet:
-        return pixel_set(state.pixels, state.train, state.ipc)
+        return pixel_set(state.pixels, state.train, state.ipc, self.formation)
 
 
 _SMALL = DC(real_batch=64, network="convnet-d3-w32", outer=60)

@@ -10,14 +10,18 @@ Differs from the published code: random numbers come from one explicit generator
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib import augment, nets
+from lib.formation import Pixels, decode_by_class
 from lib.match import features
-from lib.methods.pixels import augment_by_class, by_class, families, initial_pixels, pixel_set
+from lib.methods.pixels import augment_by_class, by_class, families, initial_codes, pixel_set
+from lib.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet
 from lib.train import rows_at_once
 
@@ -35,6 +39,7 @@ class State:
         metadata={"constant": True}
     )  # an architecture; its weights are drawn at every step
     ipc: int = field(metadata={"constant": True})
+    memory: Memory = field(default_factory=Memory, kw_only=True)  # of the sampler
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,17 @@ class DM:
     init: str = "real"
     augmentation: str = "data"  # "data": the data set's DSA strategy; "none"
     mixed: bool = False  # observe the real images in bfloat16 (they carry no gradient)
+    mode: str = (
+        "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
+    )
+    formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
+    sampler: Any = RandomBatches()  # which real images a step looks at (lib.sampler)
 
     def total_steps(self, ipc: int) -> int:
         return self.iterations
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        pixels = initial_pixels(train, ipc, self.init, generator).requires_grad_()
+        pixels = initial_codes(self.decoder, train, ipc, self.init, generator).requires_grad_()
         optimiser = torch.optim.SGD([pixels], lr=self.lr, momentum=self.momentum)
         return State(pixels, optimiser, train, nets.make(self.network, train), ipc)
 
@@ -70,7 +80,7 @@ class DM:
     def match(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Update the images by the distance that one network sees."""
         train = state.train
-        real = train.sample(min(self.real_batch, train.smallest_class), generator)  # (C, n, c, h, w)
+        real = self.real(state, network, generator)  # (C, n, c, h, w)
         real, syn = self.transform(real, self.images(state, generator), train, generator)
 
         with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16, enabled=self.mixed):
@@ -100,16 +110,28 @@ class DM:
         r"""The network $\psi_\theta$ of this step: a new one."""
         return nets.initialise(state.network, generator).train().requires_grad_(False)
 
+    @property
+    def decoder(self):
+        """The formation in use."""
+        return self.formation
+
     def images(self, state: State, generator: torch.Generator) -> Tensor:
-        """The synthetic images that are compared, ``(C, m, c, h, w)``: here the stored pixels."""
-        return by_class(state.pixels, state.train.num_classes)
+        """The synthetic images that are compared, ``(C, m, c, h, w)``: what the stored ones are decoded to."""
+        return decode_by_class(self.decoder, by_class(state.pixels, state.train.num_classes))
+
+    def real(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> Tensor:
+        """The real batch of every class, ``(C, n, c, h, w)``."""
+        count = min(self.real_batch, state.train.smallest_class)
+        return self.sampler.draw(
+            state.memory, state.train, count, generator, functools.partial(embed, network)
+        )
 
     def transform(
         self, real: Tensor, syn: Tensor, train, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         r"""$\mathcal A_\omega$ with one $\omega$ per class, shared by its real and synthetic images."""
         if names := families(self.augmentation, train):
-            omega = augment.draw(names, len(real), generator)
+            omega = augment.draw(names, len(real), generator, mode=self.mode)
             real, syn = augment_by_class(real, omega), augment_by_class(syn, omega)
         return real, syn
 
@@ -130,7 +152,13 @@ class DM:
         return [torch.cat(tensors).float() for tensors in zip(*groups, strict=True)]
 
     def finish(self, state: State) -> SyntheticSet:
-        return pixel_set(state.pixels, state.train, state.ipc)
+        return pixel_set(state.pixels, state.train, state.ipc, self.decoder)
+
+
+@torch.no_grad()
+def embed(network: torch.nn.Module, images: Tensor) -> Tensor:
+    """Embeddings ``(n, d)`` of many images, a chunk at a time."""
+    return torch.cat([network.embed(part) for part in images.split(rows_at_once(network, images))])
 
 
 def equal_parts(count: int, most: int) -> int:

@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib import nets, partition
+from lib import nets
 from lib.errors import CompanionError, unknown
+from lib.formation import mosaic_or
 from lib.match import features
 from lib.methods import dm
 from lib.methods.dm import DM
-from lib.methods.pixels import initial_pixels, pixel_set, real_mosaics, sequential_rates
+from lib.methods.pixels import initial_codes, sequential_rates
 from lib.nets.ensemble import Ensemble
-from lib.synset import SyntheticSet
 from lib.train import batch_loss
 
 METERS = {"running": 0.9, "reset": 1.0}  # what earlier counts still weigh after a training step
@@ -90,13 +90,14 @@ class IDM(DM):
         for name in ("factor", "queue", "interval", "reset_every", "train_batch"):
             if getattr(self, name) < 1:
                 raise CompanionError(f"{name} {getattr(self, name)} is not allowed: at least 1")
+        mosaic_or(self.factor, self.formation)
+
+    @property
+    def decoder(self):
+        return mosaic_or(self.factor, self.formation)
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        partition.check_factor(self.factor, *train.shape[1:])
-        if self.init == "mix":
-            pixels = real_mosaics(train, ipc, self.factor, generator)
-        else:
-            pixels = initial_pixels(train, ipc, self.init, generator)
+        pixels = initial_codes(self.decoder, train, ipc, self.init, generator)
         lr, momentum = self.lr, self.momentum
         if self.sequential:
             lr, momentum = sequential_rates(lr, momentum, train.num_classes)
@@ -130,9 +131,6 @@ class IDM(DM):
         labels = torch.arange(len(logits), device=logits.device).unsqueeze(1)
         entropy = features.class_aware(logits, labels)
         return distance | {"cross-entropy": self.ce_weight * state.accuracy * entropy}
-
-    def images(self, state: State, generator: torch.Generator) -> Tensor:
-        return partition.expand_by_class(super().images(state, generator), self.factor)
 
     def encoder(self, state: State, generator: torch.Generator) -> torch.nn.Module:
         """One network of the queue, any with the same probability."""
@@ -185,9 +183,6 @@ class IDM(DM):
                 v.mul_(self.train_momentum).add_(gradient).add_(weight, alpha=self.train_decay)
                 weight.sub_(v, alpha=self.train_lr)
         return (logits.argmax(2) == labels).sum(1)
-
-    def finish(self, state: State) -> SyntheticSet:
-        return pixel_set(state.pixels, state.train, state.ipc, self.factor)
 
 
 def empty(template: torch.nn.Module, slots: int) -> Ensemble:

@@ -21,20 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib import augment, nets, partition
+from lib import nets
 from lib.errors import CompanionError, choose, unknown
+from lib.formation import decode_by_class, mosaic_or
 from lib.match import mmd
 from lib.methods import dm
 from lib.methods.dm import DM
-from lib.methods.pixels import (
-    augment_by_class,
-    by_class,
-    families,
-    initial_pixels,
-    pixel_set,
-    real_mosaics,
-    sequential_rates,
-)
+from lib.methods.pixels import by_class, initial_codes, pixel_set, sequential_rates
+from lib.partition import Mosaic
 from lib.synset import SyntheticSet
 
 SPACES = ("unit", "normalised")
@@ -79,13 +73,15 @@ class M3D(DM):
         for name in ("ipm", "factor", "batch_syn_max"):
             if getattr(self, name) < 1:
                 raise CompanionError(f"{name} {getattr(self, name)} is not allowed: at least 1")
+        mosaic_or(self.factor, self.formation)
+
+    @property
+    def decoder(self):
+        return mosaic_or(self.factor, self.formation)
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        partition.check_factor(self.factor, *train.shape[1:])
-        if self.init == "mix":
-            pixels = real_mosaics(train, ipc, self.factor, generator, mode="nearest")
-        else:
-            pixels = initial_pixels(train, ipc, self.init, generator)
+        packing = {"mode": "nearest"} if isinstance(self.decoder, Mosaic) else {}
+        pixels = initial_codes(self.decoder, train, ipc, self.init, generator, **packing)
         if self.space == "unit":
             pixels = train.transform.inverse(pixels)
         lr, momentum = self.lr, self.momentum
@@ -117,7 +113,7 @@ class M3D(DM):
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The decoded images, at most ``batch_syn_max`` of each class, drawn anew at every step."""
         stored = by_class(self.normalised(state), state.train.num_classes)
-        decoded = partition.expand_by_class(stored, self.factor)
+        decoded = decode_by_class(self.decoder, stored)
         classes, count = decoded.shape[:2]
         if count <= self.batch_syn_max:
             return decoded
@@ -129,20 +125,12 @@ class M3D(DM):
         """The stored images in the space of the data, ``(C * ipc, c, h, w)``."""
         return state.train.transform.forward(state.pixels) if self.space == "unit" else state.pixels
 
-    def transform(
-        self, real: Tensor, syn: Tensor, train, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        if names := families(self.augmentation, train):
-            omega = augment.draw(names, len(real), generator, mode=self.mode)
-            real, syn = augment_by_class(real, omega), augment_by_class(syn, omega)
-        return real, syn
-
     def finish(self, state: State) -> SyntheticSet:
         with torch.no_grad():
             pixels = state.pixels
             if self.space == "unit":
                 pixels = state.train.transform.forward(pixels.clamp(0, 1))
-            return pixel_set(pixels, state.train, state.ipc, self.factor)
+            return pixel_set(pixels, state.train, state.ipc, self.decoder)
 
 
 _CIFAR = M3D()

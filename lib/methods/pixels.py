@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from lib import augment, partition
+from lib import augment
 from lib.errors import unknown
 from lib.synset import SyntheticSet, class_major
 
@@ -24,28 +22,37 @@ def initial_pixels(train, ipc: int, init: str, generator: torch.Generator) -> Te
     raise unknown("init", init, INITIAL)
 
 
-def real_mosaics(train, ipc: int, factor: int, generator: torch.Generator, mode: str = "bilinear") -> Tensor:
-    """``(C * ipc, c, h, w)``, class-major: every cell a random real image of the class, reduced to its size.
+def initial_codes(formation, train, ipc: int, init: str, generator: torch.Generator, **packing) -> Tensor:
+    """``(C * ipc, c, h, w)``, class-major: where the stored images of a formation (``lib.formation``) start.
 
-    The ``factor**2 * ipc`` images of a class differ where it has so many, else those of the same cell do. With factor 1 these are
-    random real images.
+    ``init="mix"`` packs real images, each different, into every code (``packing``: options of the formation's ``pack``);
+    otherwise see :func:`initial_pixels`.
     """
-    partition.check_factor(factor, *train.shape[1:])
-    cells, classes = factor**2, train.num_classes
-    if factor == 1:
-        return initial_pixels(train, ipc, "real", generator)
-    if cells * ipc <= train.smallest_class:
-        images = train.sample(cells * ipc, generator).unflatten(1, (cells, ipc)).transpose(0, 1)
+    formation.check(train.shape)
+    if init == "mix":
+        return formation.pack(several_real(train, ipc, formation.multiplicity, generator), **packing)
+    if init not in INITIAL:
+        raise unknown("init", init, [*INITIAL, "mix"])
+    return initial_pixels(train, ipc, init, generator)
+
+
+def several_real(train, ipc: int, times: int, generator: torch.Generator) -> Tensor:
+    """Random real images ``(times, C * ipc, c, h, w)``, class-major.
+
+    The ``times * ipc`` images of a class differ where it has so many, else those of the same row do.
+    """
+    if times * ipc <= train.smallest_class:
+        images = train.sample(times * ipc, generator).unflatten(1, (times, ipc)).transpose(0, 1)
     else:
-        images = torch.stack([train.sample(ipc, generator) for _ in range(cells)])
-    return partition.mosaics(images.reshape(cells, classes * ipc, *train.shape), mode)
+        images = torch.stack([train.sample(ipc, generator) for _ in range(times)])
+    return images.flatten(1, 2)
 
 
-def pixel_set(pixels: Tensor, train, ipc: int, factor: int = 1) -> SyntheticSet:
-    """The synthetic set of class-major pixels, or mosaics, with hard labels (a copy)."""
+def pixel_set(pixels: Tensor, train, ipc: int, formation=None) -> SyntheticSet:
+    """The synthetic set of class-major codes of a formation (default: plain pixels), with hard labels (a copy)."""
     labels = class_major(train.num_classes, ipc, pixels.device)
-    synset = SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform)
-    return synset if factor == 1 else replace(synset, decoder=partition.Mosaic(factor))
+    decoder = {} if formation is None else {"decoder": formation}
+    return SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform, **decoder)
 
 
 def sequential_rates(lr: float, momentum: float, classes: int) -> tuple[float, float]:
