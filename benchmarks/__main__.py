@@ -26,6 +26,7 @@ from benchmarks.feature_spots import FEATURE_SPOTS
 from benchmarks.harness import REFERENCE, Row, measure
 from benchmarks.hot_spots import SIZES, Setting
 from benchmarks.kernel_spots import KERNEL_SPOTS
+from benchmarks.select_spots import SELECT_SPOTS
 from lib.companion.allocator import keep_large_blocks
 from lib.device import resolve_device
 from lib.errors import CompanionError, unknown
@@ -43,7 +44,7 @@ MEMORY = (
     "kip-fc",
     "kip-conv-grad",
 )
-ONCE = {"test", *KERNEL_SPOTS}  # do not depend on the IPC asked for
+ONCE = {"test", *KERNEL_SPOTS, *SELECT_SPOTS}  # do not depend on the IPC asked for
 ONLY_AT = {"krr-digits": "S"}
 FAMILY = [name for name in FEATURE_SPOTS if name != "idm-queue"]  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that

@@ -15,11 +15,12 @@ from benchmarks.feature_spots import FEATURE_SPOTS
 from benchmarks.harness import cost
 from benchmarks.hot_spots import HOT_SPOTS, SIZES
 from benchmarks.kernel_spots import KERNEL_SPOTS
+from benchmarks.select_spots import SELECT_SPOTS
 from lib.companion.allocator import keep_large_blocks
 from lib.files import ROOT
 
 ALLOCATORS = ("default", "tuned")
-SPOTS = HOT_SPOTS | FEATURE_SPOTS | KERNEL_SPOTS
+SPOTS = HOT_SPOTS | FEATURE_SPOTS | KERNEL_SPOTS | SELECT_SPOTS
 
 
 def in_process(

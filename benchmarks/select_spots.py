@@ -1,12 +1,13 @@
 """Gradient-based selectors on random last-layer features, each beside a plain one that writes everything out.
 
 ``python -m benchmarks.select_spots`` selects 10 % of 50 000 features of width 512 in 10 classes, every selector in a process of
-its own, and prints seconds and peak memory; the targets are 60 s and 4 GB on two cores.
+its own, and prints seconds and peak memory as a table (kept in ``benchmarks/selection.md``); the targets are 60 s and 4 GB.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,9 @@ FRACTION, WIDTH, EPS, COORDINATES = 0.1, 512, 0.01, 100
 TARGET_SECONDS, TARGET_BYTES = 60, 4e9
 
 
-def features(classes: int, per_class: int, width: int = WIDTH, device="cpu") -> list[LastLayer]:
+def features(
+    classes: int, per_class: int, width: int = WIDTH, device="cpu", dtype: torch.dtype = torch.float32
+) -> list[LastLayer]:
     """What a trained last layer might see: one group of samples per class, logits in favour of that class."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(width, classes, generator=g) / width**0.5
@@ -38,7 +41,7 @@ def features(classes: int, per_class: int, width: int = WIDTH, device="cpu") -> 
         logits = 3 * h @ weight
         logits[:, c] += 2
         labels = torch.full((per_class,), c)
-        groups.append(LastLayer(logits.to(device), h.to(device), labels.to(device)))
+        groups.append(LastLayer(logits.to(device, dtype), h.to(device, dtype), labels.to(device)))
     return groups
 
 
@@ -87,7 +90,7 @@ def _located(kernel: similarity.Pairwise, budget: int) -> Tensor:
 
 
 def plain_located(matrix: Tensor, budget: int) -> Tensor:
-    nearest, order = torch.zeros(len(matrix)), []
+    nearest, order = matrix.new_zeros(len(matrix)), []
     for _ in range(budget):
         gains = (matrix - nearest[:, None]).clamp_min(0).sum(0)
         gains[order] = -torch.inf
@@ -145,7 +148,9 @@ def plain_gradmatch(last: LastLayer, budget: int) -> Tensor:
         correlation[order] = -torch.inf
         order.append(int(correlation.argmax()))
         a = columns[:, order]
-        x = torch.linalg.solve(a.T @ a + (len(order) > 1) * torch.eye(len(order)), a.T @ target)
+        x = torch.linalg.solve(
+            a.T @ a + (len(order) > 1) * torch.eye(len(order), dtype=a.dtype, device=a.device), a.T @ target
+        )
         residual = target - a @ x
     return torch.tensor(order)
 
@@ -168,13 +173,13 @@ def plain_grand(last: LastLayer, budget: int) -> Tensor:
 
 SELECTORS: dict[str, tuple[Callable, Callable]] = {
     "craig": (craig, plain_craig),
-    "facility_location": (facility_location, plain_facility_location),
-    "graph_cut": (graph_cut, plain_graph_cut),
-    "log_det": (log_det, plain_log_det),
+    "facility-location": (facility_location, plain_facility_location),
+    "graph-cut": (graph_cut, plain_graph_cut),
+    "log-det": (log_det, plain_log_det),
     "gradmatch": (gradmatch, plain_gradmatch),
     "glister": (glister, plain_glister),
     "grand": (grand, plain_grand),
-    "lcmat_s": (lcmat, plain_lcmat),
+    "lcmat-s": (lcmat, plain_lcmat),
 }
 AT_SMALL = {
     "S": 145,
@@ -183,25 +188,26 @@ AT_SMALL = {
 
 
 def selection(name: str, setting: Setting) -> HotSpot:
-    """10 % of every class by one selector; equal when all but one in a hundred picks are (float32 gains tie)."""
+    """10 % of every class by one selector; the picks are compared in 64 bits (in 32, rounding decides between near ties)."""
     per_class = AT_SMALL["S" if setting.side < 32 else "L"]
     groups, budget = features(setting.classes, per_class, device=setting.device), round(FRACTION * per_class)
     ours, plain = SELECTORS[name]
 
-    def every(select: Callable) -> list[set[int]]:
+    def every(select: Callable, groups: list[LastLayer] = groups) -> list[set[int]]:
         return [set(select(last, budget).tolist()) for last in groups]
 
     def check() -> dict[str, float]:
-        pairs = zip(every(ours), every(plain), strict=True)
+        exact = features(setting.classes, per_class, device=setting.device, dtype=torch.float64)
+        pairs = zip(every(ours, exact), every(plain, exact), strict=True)
         missed = sum(len(a ^ b) for a, b in pairs) / (2 * budget * len(groups))
         return {candidate: missed}
 
     candidate = "factors, columns on demand"
     candidates = {REFERENCE: lambda: every(plain), candidate: lambda: every(ours)}
-    return HotSpot(f"selection, {name}", "selection", 1, candidates, check, {candidate: 0.01}, most=3)
+    return HotSpot(f"selection, {name}", "selection", 1, candidates, check, {candidate: 0.0}, most=3)
 
 
-SELECT_SPOTS = {f"select_{name}": lambda setting, name=name: selection(name, setting) for name in SELECTORS}
+SELECT_SPOTS = {f"select-{name}": lambda setting, name=name: selection(name, setting) for name in SELECTORS}
 
 
 def large(name: str, classes: int = 10, per_class: int = 5000) -> dict:
@@ -218,11 +224,18 @@ def main(words: list[str]) -> None:
     if words:
         print(json.dumps(large(words[0])))
         return
-    print(f"targets: {TARGET_SECONDS} s and {TARGET_BYTES / 1e9:g} GB above the features")
+    print("# Selecting 10 % of 50 000\n")
+    print(
+        f"512-d last-layer features, 10 classes, one thread; targets: {TARGET_SECONDS} s, {TARGET_BYTES / 1e9:g} GB"
+    )
+    print(
+        "above the features.\n\n| selector | images | s | processor s | peak MB |\n| --- | --- | --- | --- | --- |"
+    )
     for name in SELECTORS:
         command = [sys.executable, "-m", "benchmarks.select_spots", name]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        print(done.stdout.strip(), flush=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment)
+        print("|", " | ".join(map(str, json.loads(done.stdout).values())), "|", flush=True)
 
 
 if __name__ == "__main__":
