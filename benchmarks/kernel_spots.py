@@ -176,9 +176,7 @@ def kip_fc(setting: Setting) -> HotSpot:
         loss = plain_regression(plain_fc(flat, flat), plain_fc(wide.flatten(1), flat), y_s, y_t)
         return loss, torch.autograd.grad(loss, pixels)[0]
 
-    methods = {"closed-form derivative": KIP()}
-    if setting.mixed:
-        methods["K_ts in 32 bits"] = KIP(precision="mixed")
+    methods = {"closed-form derivative": KIP(), "K_ts in 32 bits": KIP(precision="mixed")}
     steps = {name: lambda m=m: step(m) for name, m in methods.items()}
     return HotSpot(
         "KIP step, fully connected", "step", 1, {REFERENCE: plain} | steps,

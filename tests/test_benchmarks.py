@@ -28,7 +28,7 @@ def test_every_fast_path_has_the_values_of_its_reference(name):
     differences = assert_equal(hot_spot)
     assert list(differences) == list(hot_spot.candidates)
     assert list(differences)[0] == REFERENCE
-    assert len(differences) == 2
+    assert len(differences) == (3 if name == "kip-fc" else 2)  # KIP in two precisions at every size
     assert all(difference < 1e-3 for difference in differences.values())
 
 
