@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.feature_spots import FEATURE_SPOTS
+from benchmarks.formation_spots import FORMATION_SPOTS
 from benchmarks.harness import cost
 from benchmarks.hot_spots import HOT_SPOTS, SIZES
 from benchmarks.kernel_spots import KERNEL_SPOTS
@@ -20,7 +21,7 @@ from lib.companion.allocator import keep_large_blocks
 from lib.files import ROOT
 
 ALLOCATORS = ("default", "tuned")
-SPOTS = HOT_SPOTS | FEATURE_SPOTS | KERNEL_SPOTS | SELECT_SPOTS
+SPOTS = HOT_SPOTS | FEATURE_SPOTS | FORMATION_SPOTS | KERNEL_SPOTS | SELECT_SPOTS
 
 
 def in_process(

@@ -7,11 +7,13 @@ Pure functions on ``(..., m, c, h, w)``; with factor f, m stored images become f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.data.whitening import Transform
 from lib.errors import CompanionError
 
 
@@ -72,6 +74,7 @@ class Mosaic:
 
     factor: int = 2
     name: str = "mosaic"
+    extra_bytes: ClassVar[int] = 0
 
     @property
     def multiplicity(self) -> int:
@@ -82,6 +85,9 @@ class Mosaic:
 
     def labels(self, labels: Tensor) -> Tensor:
         return expand_labels(labels, self.factor)
+
+    def on(self, transform: Transform) -> Mosaic:
+        return self
 
     def check(self, shape: tuple[int, int, int]) -> None:
         check_factor(self.factor, *shape[1:])

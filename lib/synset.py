@@ -77,8 +77,8 @@ class SyntheticSet:
 
     @property
     def bytes_images(self) -> int:
-        """Bytes of what is stored for the images, as saved."""
-        return self.codes.numel() * self.codes.element_size()
+        """Bytes of what is stored for the images, as saved: the codes, and numbers of the decoder that were learned."""
+        return self.codes.numel() * self.codes.element_size() + self.decoder.extra_bytes
 
     @property
     def bytes_labels(self) -> int:

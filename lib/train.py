@@ -40,6 +40,7 @@ def sgd_steps(
     weights: Tensor | None = None,
     fresh_at: Sequence[int] = (),
     after_epoch: Callable[[int], None] | None = None,
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> Tensor:
     r"""Minimise $\sum_i w_{ki}\,\ell(f_{\theta_k}(\mathcal A(x_{ki})), y_{ki}) / \sum_i w_{ki}$ for every k by SGD, in place.
 
@@ -53,18 +54,20 @@ def sgd_steps(
         weights: ``(K or 1, m)`` sample weights, or None for equal ones.
         fresh_at: epochs before which the optimiser is rebuilt, momentum lost (as the published DC code does).
         after_epoch: called with the number of finished epochs.
+        optimiser: one of these networks' parameters (:func:`sgd`) that remembers earlier calls; its momentum and weight decay
+            hold.
     Returns:
         mean training loss of the last epoch per network, ``(K,)``, as a tensor on the device.
     """
     networks.train()
     parameters = list(networks.parameters.values())
-    optimiser = _optimiser(parameters, momentum, weight_decay, nesterov)
+    optimiser = optimiser or sgd(parameters, momentum, weight_decay, nesterov)
     m, size = images.shape[1], min(batch, images.shape[1])
     chance = _Chance(generators, m, size, augment.strategy(augmentation), mode, cutmix)
     total = torch.zeros(networks.size, device=images.device)
     for epoch in range(epochs):
         if epoch in fresh_at:
-            optimiser = _optimiser(parameters, momentum, weight_decay, nesterov)
+            optimiser = sgd(parameters, momentum, weight_decay, nesterov)
         for group in optimiser.param_groups:
             group["lr"] = lr(epoch) if callable(lr) else lr
         total = torch.zeros_like(total)
@@ -152,9 +155,10 @@ def _chunks(networks: Ensemble, images: Tensor, rows: int | None):
     )
 
 
-def _optimiser(
-    parameters: list[Tensor], momentum: float, weight_decay: float, nesterov: bool
+def sgd(
+    parameters: list[Tensor], momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False
 ) -> torch.optim.SGD:
+    """The optimiser of :func:`sgd_steps`, which sets its rate."""
     return torch.optim.SGD(
         parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True
     )

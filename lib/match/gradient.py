@@ -11,6 +11,7 @@ Gradients carry a leading class axis: a gradient is a list of ``(C, *parameter s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +61,39 @@ def _vector(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
 
 
+def layer_sum(
+    syn: Sequence[Tensor], real: Sequence[Tensor], metric: str = "mse", parts: str = "conv"
+) -> Tensor:
+    """IDC's distances (arXiv 2205.14959), ``(C,)``: plain sums over the parameters that count, not divided by their number.
+
+    Args:
+        metric: of :data:`METRICS`, between rows (output channels; every entry of a vector is a row of its own).
+        parts: ``conv``: convolution weights alone (the published choice); ``weights``: all but vectors; ``all``.
+    """
+    total = syn[0].new_zeros(len(syn[0]))
+    for a, b in zip(syn, real, strict=True):
+        if a.dim() > LOWEST[parts]:
+            rows = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (a, b))  # (C, rows, entries)
+            total = total + METRICS[metric](*rows)
+    return total
+
+
+LOWEST = {"conv": 4, "weights": 2, "all": 1}  # dimensions, that of the classes included, are more than this
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda a, b: (a - b).square().sum((1, 2)),
+    "l1": lambda a, b: (a - b).abs().sum((1, 2)),
+    "l1_mean": lambda a, b: (a - b).abs().mean(2).sum(1),
+    "cos": lambda a, b: rowwise_cosine([a], [b]),
+}
+
 DISTANCES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "ours": rowwise_cosine,
     "mse": squared_error,
     "cos": cosine,
+} | {
+    f"{parts}-{metric}": partial(layer_sum, metric=metric, parts=parts)
+    for parts in LOWEST
+    for metric in METRICS
 }
 
 

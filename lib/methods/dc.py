@@ -88,8 +88,7 @@ class DC:
         """One matching step, then (unless the network is about to be replaced) its training on S."""
         inner, epochs = self.loops(state.ipc)
         if state.t == 0:
-            state.networks = Ensemble.make(self.network, state.train, [generator])
-            state.memory.restart()
+            self.new_network(state, generator)
 
         losses = self.match(state, generator)
 
@@ -97,6 +96,11 @@ class DC:
         if state.t:
             self.train_network(state, epochs, generator)
         return {"loss": losses.sum(), "per_class": losses}
+
+    def new_network(self, state: State, generator: torch.Generator) -> None:
+        """What happens every T steps: a fresh network, with which the sampler begins anew."""
+        state.networks = Ensemble.make(self.network, state.train, [generator])
+        state.memory.restart()
 
     def match(self, state: State, generator: torch.Generator) -> Tensor:
         """Update S by the gradient distance at the current network; the loss of every class."""
@@ -125,7 +129,8 @@ class DC:
 
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The synthetic images that are compared, ``(C, M, c, h, w)``: what the stored ones are decoded to."""
-        return decode_by_class(self.formation, by_class(state.pixels, state.train.num_classes))
+        stored = by_class(state.pixels, state.train.num_classes)
+        return decode_by_class(self.formation.on(state.train.transform), stored)
 
     def transform(
         self, real: Tensor, syn: Tensor, train, generator: torch.Generator
@@ -159,11 +164,12 @@ class DC:
     def train_network(self, state: State, epochs: int, generator: torch.Generator) -> None:
         """$\\varsigma_\\theta$ epochs of plain SGD on the current S; augmentation here is per image, not siamese."""
         strategy = "_".join(families(self.augmentation, state.train)) or "none"
+        formation = self.formation.on(state.train.transform)
         labels = class_major(state.train.num_classes, state.ipc, state.pixels.device)
         sgd_steps(
             state.networks,
-            self.formation(state.pixels.detach()).unsqueeze(0),
-            self.formation.labels(labels).unsqueeze(0),
+            formation(state.pixels.detach()).unsqueeze(0),
+            formation.labels(labels).unsqueeze(0),
             [generator],
             epochs=epochs,
             lr=self.lr_network,

@@ -117,7 +117,8 @@ class DM:
 
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The synthetic images that are compared, ``(C, m, c, h, w)``: what the stored ones are decoded to."""
-        return decode_by_class(self.decoder, by_class(state.pixels, state.train.num_classes))
+        stored = by_class(state.pixels, state.train.num_classes)
+        return decode_by_class(self.decoder.on(state.train.transform), stored)
 
     def real(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> Tensor:
         """The real batch of every class, ``(C, n, c, h, w)``."""

@@ -27,7 +27,7 @@ from lib.formation import decode_by_class, mosaic_or
 from lib.match import mmd
 from lib.methods import dm
 from lib.methods.dm import DM
-from lib.methods.pixels import by_class, initial_codes, pixel_set, sequential_rates
+from lib.methods.pixels import at_most, by_class, initial_codes, pixel_set, sequential_rates
 from lib.partition import Mosaic
 from lib.synset import SyntheticSet
 
@@ -113,13 +113,8 @@ class M3D(DM):
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The decoded images, at most ``batch_syn_max`` of each class, drawn anew at every step."""
         stored = by_class(self.normalised(state), state.train.num_classes)
-        decoded = decode_by_class(self.decoder, stored)
-        classes, count = decoded.shape[:2]
-        if count <= self.batch_syn_max:
-            return decoded
-        keys = torch.rand(classes, count, generator=generator, device=decoded.device)
-        rows = keys.topk(self.batch_syn_max, 1).indices
-        return decoded[torch.arange(classes, device=rows.device)[:, None], rows]
+        decoded = decode_by_class(self.decoder.on(state.train.transform), stored)
+        return at_most(decoded, self.batch_syn_max, generator)
 
     def normalised(self, state: State) -> Tensor:
         """The stored images in the space of the data, ``(C * ipc, c, h, w)``."""

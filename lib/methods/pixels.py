@@ -29,6 +29,7 @@ def initial_codes(formation, train, ipc: int, init: str, generator: torch.Genera
     otherwise see :func:`initial_pixels`.
     """
     formation.check(train.shape)
+    formation = formation.on(train.transform)
     if init == "mix":
         return formation.pack(several_real(train, ipc, formation.multiplicity, generator), **packing)
     if init not in INITIAL:
@@ -51,7 +52,7 @@ def several_real(train, ipc: int, times: int, generator: torch.Generator) -> Ten
 def pixel_set(pixels: Tensor, train, ipc: int, formation=None) -> SyntheticSet:
     """The synthetic set of class-major codes of a formation (default: plain pixels), with hard labels (a copy)."""
     labels = class_major(train.num_classes, ipc, pixels.device)
-    decoder = {} if formation is None else {"decoder": formation}
+    decoder = {} if formation is None else {"decoder": formation.on(train.transform)}
     return SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform, **decoder)
 
 
@@ -73,6 +74,16 @@ def families(augmentation: str, train) -> tuple[str, ...]:
 def by_class(pixels: Tensor, classes: int) -> Tensor:
     """``(C * m, ...) -> (C, m, ...)``."""
     return pixels.unflatten(0, (classes, -1))
+
+
+def at_most(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """``(C, n, ...)``, a random ``most`` of every class where there are more."""
+    classes, count = images.shape[:2]
+    if count <= most:
+        return images
+    keys = torch.rand(classes, count, generator=generator, device=images.device)
+    rows = keys.topk(most, 1).indices
+    return images[torch.arange(classes, device=rows.device)[:, None], rows]
 
 
 def augment_by_class(images: Tensor, omega: augment.Draw) -> Tensor:

@@ -1,0 +1,103 @@
+r"""Contrastive gradient matching: one gradient for all classes together (DCC, arXiv 2202.02916).
+
+$$D\Big(\nabla_\theta\,\ell\big(\textstyle\bigcup_c\mathcal S_c\big),\
+\tfrac1C\sum_c\nabla_\theta\,\ell(\mathcal T_c)\Big)$$
+
+What all classes share cancels in the sum, what tells them apart remains. Gradients are lists of ``(1, *parameter shape)``, so
+that the distances of ``lib.match.gradient`` take them as those of a single class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.match.gradient import DISTANCES
+from lib.nets.ensemble import apply
+from lib.train import rows_at_once
+
+
+def union_gradient(
+    template: nn.Module,
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    create_graph: bool = False,
+    total: int | None = None,
+) -> list[Tensor]:
+    """Gradient of the mean cross-entropy of images of any classes.
+
+    With equally many images of every class this is the mean of the class gradients, provided that the network treats each
+    image by itself (no batch norm in training mode).
+
+    Args:
+        tensors: parameters and buffers of one network, stacked as ``(1, ...)``.
+        x: ``(n, c, h, w)``; labels: ``(n,)``.
+        total: divide the summed loss by this instead of n (x is a part of so many images).
+    Returns:
+        ``(1, ...)`` per parameter, in parameter order; zero where a parameter has no effect.
+    """
+    names = [name for name, _ in template.named_parameters()]
+    own = {name: tensor.detach() for name, tensor in tensors.items()}
+    own |= {name: own[name].requires_grad_() for name in names}
+    logits = apply(template, own, x.unsqueeze(0))[0]
+    loss = F.cross_entropy(logits, labels, reduction="sum") / (total or len(x))
+    weights = [own[name] for name in names]
+    return list(torch.autograd.grad(loss, weights, create_graph=create_graph, materialize_grads=True))
+
+
+def contrastive_step(
+    template: nn.Module,
+    tensors: Mapping[str, Tensor],
+    real: Tensor,
+    syn: Tensor,
+    labels: Tensor,
+    distance: str = "ours",
+    mixed: bool = False,
+    rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The distance of the two mean gradients and its gradient with respect to the synthetic images.
+
+    Args:
+        real: ``(C, B, c, h, w)``; syn: ``(C, M, c, h, w)``; labels: ``(C,)``.
+        mixed: compute the real gradient, which is only a target, in bfloat16.
+        rows: at most so many synthetic images in a second-order pass; None: all. D is not linear in the sum, so parts are put
+            together by the chain rule: first $\bar g=\sum_j g_j$ without a graph, then $v=\partial D/\partial\bar g$, then
+            $\nabla_X\langle g_j(X),v\rangle$ part by part. The result is the same, the memory that of one part.
+    Returns:
+        $D$, ``()``, and its gradient, shaped as ``syn``.
+    """
+    with torch.autocast(real.device.type, torch.bfloat16, enabled=mixed):
+        target = _in_parts(template, tensors, real, labels, rows_at_once(template, real[0]))
+    pixels, repeated = syn.detach().flatten(0, 1), labels.repeat_interleave(syn.shape[1])
+    if rows is None or rows >= len(pixels):
+        pixels.requires_grad_()
+        current = union_gradient(template, tensors, pixels, repeated, create_graph=True)
+        loss = DISTANCES[distance](current, target).sum()
+        return loss.detach(), torch.autograd.grad(loss, pixels)[0].view(syn.shape)
+
+    current = [g.requires_grad_() for g in _in_parts(template, tensors, syn.detach(), labels, rows)]
+    loss = DISTANCES[distance](current, target).sum()
+    direction = torch.autograd.grad(loss, current, materialize_grads=True)
+    gradients = []
+    for part, own in zip(pixels.split(rows), repeated.split(rows), strict=True):
+        part = part.clone().requires_grad_()
+        gradient = union_gradient(template, tensors, part, own, create_graph=True, total=len(pixels))
+        along = sum((g * v).sum() for g, v in zip(gradient, direction, strict=True))
+        gradients.append(torch.autograd.grad(along, part)[0])
+    return loss.detach(), torch.cat(gradients).view(syn.shape)
+
+
+def _in_parts(
+    template: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, labels: Tensor, rows: int
+) -> list[Tensor]:
+    """:func:`union_gradient` of ``(C, n, c, h, w)`` images, ``rows`` at a time."""
+    images, repeated = x.flatten(0, 1), labels.repeat_interleave(x.shape[1])
+    total: list[Tensor] = []
+    for part, own in zip(images.split(rows), repeated.split(rows), strict=True):
+        found = union_gradient(template, tensors, part, own, total=len(images))
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+    return total

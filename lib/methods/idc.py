@@ -1,0 +1,190 @@
+r"""IDC - Dataset Condensation via Efficient Synthetic-Data Parameterization. Kim et al., ICML 2022, arXiv 2205.14959.
+
+$$\min_{\mathcal S}\ \mathbb E_{\theta_0}\sum_{t}\sum_c\ \sum_{l\in\text{conv}}
+d\big(\nabla_{\theta_l}\ell(\mathcal A_\omega(f(\mathcal S_c));\theta_t),\
+\nabla_{\theta_l}\ell(\mathcal A_\omega(\mathcal T_c);\theta_t)\big),\qquad
+\theta_{t+1}=\theta_t-\eta_\theta\nabla_\theta\ell(\mathcal A(\mathcal T);\theta_t)$$
+
+DSA with three changes. A *multi-formation* f makes several training images of every stored one (``lib.formation``): its tiles,
+enlarged. The networks learn from *real* data between two steps, so that their gradients keep telling something. And d is a plain
+sum over the convolutions (squared or absolute differences), so that lengths of gradients count. IDC-I is IDC without f.
+
+Paper and code: pixels live in [0, 1] and are clamped once per network. The code steps the optimiser of all images after every
+class; a joint step with the rate and momentum that make it equal takes its place (``sequential``). The code cycles through
+shuffled real images and starts with the first ones of every class; here batches and initial images are drawn at random. Its
+pools of pretrained networks (ImageNet-100) are here networks trained for as many epochs when they are needed (``early``);
+networks kept for several rounds and the distance of features are not offered.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.errors import CompanionError, unknown
+from lib.formation import MultiFormation, Pixels, bounded, decode_by_class
+from lib.methods import dc
+from lib.methods.dsa import DSA
+from lib.methods.pixels import at_most, by_class, families, pixel_set, sequential_rates
+from lib.synset import SyntheticSet, class_major
+from lib.train import sgd, sgd_steps
+
+INNER_DATA = ("real", "syn")
+
+
+@dataclass
+class State(dc.State):
+    """DC's, with ``pixels`` in [0, 1]; the networks' optimiser remembers its momentum from step to step."""
+
+    network_optimiser: torch.optim.Optimizer = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class IDC(DSA):
+    """Hyper-parameters of the published "reproduce" settings (CIFAR)."""
+
+    outer: int = 2000  # networks
+    inner: int | None = 100  # matching steps per network
+    lr: float = 5e-3  # times IPC / 10 and (side / base_side)^2
+    base_side: int = 32
+    real_batch: int = 64
+    network_batch: int = 64
+    init: str = "mix"  # a real image in every tile; "real": whole real images
+    distance: str = "conv-mse"  # or "conv-l1"; "weights-...": with the classifier
+    augmentation: str = "color_crop_cutout"
+    mode: str = "idc"
+    formation: Any = MultiFormation(2)
+    most: int = 128  # decoded images of a class that are compared, drawn anew at every step
+    bound: bool = False  # decode just as many as that: the first ones at the factor, the rest at smaller ones
+    inner_data: str = "real"  # what networks learn from; "syn": S, as DSA
+    n_data: int = 2000  # real images that a network sees between two steps
+    momentum_network: float = 0.9
+    decay_network: float = 5e-4
+    augmentation_network: str = "color_crop"
+    cutmix: float = 0.5  # probability per batch
+    early: int = 0  # epochs of a new network on all real data, before its first step
+    sequential: bool = True  # the joint step that equals one step per class
+
+    def __post_init__(self):
+        if self.inner_data not in INNER_DATA:
+            raise unknown("inner data", self.inner_data, INNER_DATA)
+        if self.bound and not (
+            isinstance(self.formation, MultiFormation) and self.formation.kind == "single"
+        ):
+            raise CompanionError(
+                f"bound with formation {self.formation.name!r}: allowed is a MultiFormation of kind 'single'"
+            )
+        for name in ("most", "n_data", "base_side"):
+            if getattr(self, name) < 1:
+                raise CompanionError(f"{name} {getattr(self, name)} is not allowed: at least 1")
+
+    def rate(self, train, ipc: int) -> float:
+        """The learning rate of the pixels: gradients of larger means and larger images are smaller."""
+        return self.lr * ipc / 10 * (train.size / self.base_side) ** 2
+
+    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
+        start = super().begin(train, ipc, generator)
+        pixels = train.transform.inverse(start.pixels.detach()).requires_grad_()
+        lr, momentum = self.rate(train, ipc), self.momentum
+        if self.sequential:
+            lr, momentum = sequential_rates(lr, momentum, train.num_classes)
+        optimiser = torch.optim.SGD([pixels], lr=lr, momentum=momentum)
+        learner = self.learner(start.networks)
+        return State(pixels, optimiser, start.networks, 0, train, ipc, network_optimiser=learner)
+
+    def new_network(self, state: State, generator: torch.Generator) -> None:
+        super().new_network(state, generator)
+        state.network_optimiser = self.learner(state.networks)
+        with torch.no_grad():
+            state.pixels.clamp_(0, 1)
+        if self.early:
+            self.learn(state, state.train.images, state.train.labels, self.early, generator)
+
+    def learner(self, networks) -> torch.optim.Optimizer:
+        """The optimiser of a network, for as long as it lives."""
+        return sgd(list(networks.parameters.values()), self.momentum_network, self.decay_network)
+
+    def images(self, state: State, generator: torch.Generator) -> Tensor:
+        """The decoded images, ``(C, n, c, h, w)``: at most ``most`` of each class."""
+        stored = by_class(state.train.transform.forward(state.pixels), state.train.num_classes)
+        if not self.bound:
+            return at_most(self.decode(state, stored), self.most, generator)
+        parts, done = [], 0
+        for factor, count in bounded(self.formation.factor, state.ipc, self.most):
+            formation = replace(self.formation, factor=factor).on(state.train.transform)
+            parts.append(decode_by_class(formation, stored[:, done : done + count]))
+            done += count
+        return at_most(torch.cat(parts, 1), self.most, generator)
+
+    def decode(self, state: State, stored: Tensor) -> Tensor:
+        """What normalised stored images are trained on as, ``(C, m, c, h, w) -> (C, k m, c, h, w)``."""
+        return decode_by_class(self.formation.on(state.train.transform), stored)
+
+    def train_network(self, state: State, epochs: int, generator: torch.Generator) -> None:
+        """``n_data`` real images, drawn without replacement, or ``epochs`` times all decoded synthetic ones."""
+        if self.inner_data == "real":
+            train, wanted = state.train, math.ceil(self.n_data / self.network_batch) * self.network_batch
+            rows = torch.randperm(len(train), generator=generator, device=train.device)[:wanted]
+            images, labels, epochs = train.images[rows], train.labels[rows], 1
+        else:
+            with torch.no_grad():
+                stored = state.train.transform.forward(state.pixels)
+                images = self.decode(state, stored.unsqueeze(0))[0]
+            labels = class_major(state.train.num_classes, state.ipc, images.device)
+            labels = self.formation.labels(labels)
+        self.learn(state, images, labels, epochs, generator)
+
+    def learn(
+        self, state: State, images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator
+    ) -> None:
+        """Epochs of the network, every image with an augmentation of its own, and CutMix."""
+        strategy = "_".join(families(self.augmentation_network, state.train)) or "none"
+        sgd_steps(
+            state.networks,
+            images.unsqueeze(0),
+            labels.unsqueeze(0),
+            [generator],
+            epochs=epochs,
+            lr=self.lr_network,
+            batch=self.network_batch,
+            augmentation=strategy,
+            mode=self.mode,
+            cutmix=self.cutmix,
+            optimiser=state.network_optimiser,
+        )
+
+    def finish(self, state: State) -> SyntheticSet:
+        with torch.no_grad():
+            pixels = state.train.transform.forward(state.pixels.clamp(0, 1))
+        return pixel_set(pixels, state.train, state.ipc, self.formation)
+
+
+_CIFAR = IDC()
+_L1 = replace(_CIFAR, distance="conv-l1", lr=1e-4, n_data=500)
+_IMAGENET = replace(
+    _L1, lr=3e-3, outer=500, base_side=224, network="resnet18ap", formation=MultiFormation(3, pad=True),
+    early=10, cutmix=1.0,
+)  # fmt: skip
+_SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, n_data=128)
+_PHOTOS = replace(_SMALL, outer=2, network="convnet-d3-w32", most=12, lr=0.01)
+# The published settings by data set, and small ones whose rates were chosen for their size.
+PRESETS = {
+    "digits": replace(_SMALL, outer=6, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0),
+    "photos16": replace(_PHOTOS, base_side=16),
+    "photos32": _PHOTOS,
+    "paper": _CIFAR,
+    "paper-svhn": replace(_CIFAR, n_data=500),
+    "paper-mnist": replace(_L1, base_side=28, augmentation="color_crop", cutmix=0.0),
+    "paper-fashion": _L1,
+    "paper-imagenet10": _IMAGENET,  # there ResNetAP-10
+    "paper-imagenet10-ipc20": replace(_IMAGENET, bound=True),
+    "paper-imagenet100": replace(
+        _IMAGENET, lr=1e-3, lr_network=0.1, decay_network=1e-4, real_batch=128, early=5
+    ),
+}
+# IDC-I: the same without multi-formation
+IDC_I = {name: replace(method, formation=Pixels(), bound=False) for name, method in PRESETS.items()}

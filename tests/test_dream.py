@@ -1,0 +1,185 @@
+"""DREAM: when it is IDC, where it starts, and the additions of DREAM+."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import generator, toy_data
+from test_distill import interrupted, same
+
+from lib.distill import distill
+from lib.errors import CompanionError
+from lib.formation import MultiFormation, Pixels
+from lib.methods import dream, idc
+from lib.methods.dc import DC
+from lib.methods.dream import DREAM, DreamDC
+from lib.methods.idc import IDC
+from lib.nets.ensemble import Ensemble
+from lib.sampler import Memory, RandomBatches, Representative
+from lib.train import predict_embeddings
+
+SOME = {
+    "outer": 3,
+    "inner": 4,
+    "real_batch": 8,
+    "network": "convnet-d2-w4",
+    "network_batch": 16,
+    "n_data": 32,
+    "lr": 5.0,
+}
+SMALL = DREAM(**SOME, sampler=Representative(every=3))
+ON_DC = {"outer": 3, "inner": 4, "epochs": 1, "real_batch": 8, "network": "convnet-d2-w4"}
+
+
+# -- when it is IDC -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formation", [MultiFormation(2), Pixels()], ids=lambda f: f.name)
+def test_random_batches_from_random_images_is_idc_bit_for_bit(toy, formation):
+    ours = distill(replace(SMALL, sampler=RandomBatches(), init="mix", formation=formation), toy.train, 2, 3)
+    theirs = distill(IDC(**SOME, formation=formation), toy.train, 2, 3)
+    assert torch.equal(ours.synset.codes, theirs.synset.codes)
+    assert ours.history.keys() == theirs.history.keys()
+    assert all(torch.equal(ours.history[name], theirs.history[name]) for name in ours.history)
+    for change in ({"sampler": Representative()}, {"init": "k-means"}):
+        settings = {"sampler": RandomBatches(), "init": "mix", "formation": formation} | change
+        other = distill(replace(SMALL, **settings), toy.train, 2, 3)
+        assert not torch.equal(other.synset.codes, theirs.synset.codes)
+
+
+def test_random_batches_on_dc_is_dc_bit_for_bit(toy):
+    ours = distill(DreamDC(**ON_DC, sampler=RandomBatches(), init="real"), toy.train, 2, 3)
+    assert torch.equal(ours.synset.codes, distill(DC(**ON_DC, init="real"), toy.train, 2, 3).synset.codes)
+
+
+@pytest.mark.parametrize(
+    ("method", "host"), [(SMALL, IDC(**SOME)), (DreamDC(**ON_DC), DC(**ON_DC, init="mix"))]
+)
+def test_the_networks_are_those_of_the_host(toy, method, host):
+    """Sampler and start leave no trace in the main stream of random numbers: comparisons are paired."""
+    seen = []
+    for one in (method, host):
+        g, weights = generator(4), []
+        state = one.begin(toy.train, 2, g)
+        for _ in range(9):
+            one.step(state, g)
+            weights.append(
+                state.networks.parameters["classifier.weight"].detach().clone() if state.t == 1 else None
+            )
+        seen.append((g.get_state(), weights[0::4]))
+    assert torch.equal(seen[0][0], seen[1][0])
+    if isinstance(method, IDC):  # DC trains them on S, which differs
+        assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
+
+
+# -- where it starts ----------------------------------------------------------------------------------------------------
+
+
+def initial(method, data, ipc, seed=3):
+    """The decoded initial images of every class, ``(C, n, ...)``, and the network that chose them."""
+    g = generator(seed)
+    state = method.begin(data.train, ipc, g)
+    return method.finish(state), state.networks
+
+
+@pytest.mark.parametrize(
+    "method", [DreamDC(**ON_DC), replace(SMALL, formation=Pixels())], ids=lambda m: type(m).__name__
+)
+def test_plain_images_start_from_the_representatives(toy, method):
+    synset, networks = initial(method, toy, 4)
+    sampler, memory = Representative(), Memory()
+    rows = sampler.pick(memory, toy.train, 4, 3, lambda x: predict_embeddings(networks, x)[0])
+    images = toy.train.images[rows.flatten()]
+    if isinstance(method, IDC):
+        images = images.clamp(-2, 2)  # pixels in [0, 1]
+    torch.testing.assert_close(synset.codes, images, rtol=0, atol=1e-5)
+    assert (toy.train.labels[rows.flatten()] == synset.labels).all() and len(rows.unique()) == 12
+
+
+def test_mosaics_start_from_four_times_as_many(toy):
+    """Every tile is a subsampled representative, and no two are the same."""
+    synset, networks = initial(SMALL, toy, 2)
+    rows = Representative().pick(Memory(), toy.train, 8, 3, lambda x: predict_embeddings(networks, x)[0])
+    tiles = synset.codes.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5).reshape(3, 8, -1)
+    for c in range(3):
+        every_other = toy.train.images[rows[c]].clamp(-2, 2)[:, :, ::2, ::2].flatten(1)
+        distance = torch.cdist(tiles[c], every_other)
+        assert (distance.amin(1) < 1e-4).all() and len(distance.argmin(1).unique()) == len(rows[c].unique())
+
+
+def test_small_classes_give_what_they_have():
+    data = toy_data(per_class=5)
+    synset, _ = initial(replace(SMALL, real_batch=4), data, 3)  # 12 tiles, 5 images
+    assert synset.codes.shape == (9, 1, 8, 8) and synset.codes.isfinite().all()
+
+
+def test_a_network_trained_for_an_epoch_chooses_otherwise(toy):
+    plain, early = (initial(replace(SMALL, early=early, lr_network=0.1), toy, 2)[0].codes for early in (0, 3))
+    assert not torch.equal(plain, early)
+
+
+# -- DREAM+ -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_feature_distance_written_out(toy):
+    networks = Ensemble.make(SMALL.network, toy.train, [generator(1)])
+    real, syn = toy.train.sample(8, generator(2)), toy.train.sample(3, generator(3))
+    plain = SMALL.gap(networks, real, syn, generator())
+    plus = replace(SMALL, feature=0.5).gap(networks, real, syn, generator())
+    network, leaf = networks.network(0), syn.clone().requires_grad_()
+    extra = torch.stack(
+        [
+            0.5 * (network.embed(real[c]).mean(0) - network.embed(leaf[c]).mean(0)).square().sum()
+            for c in range(3)
+        ]
+    )
+    torch.testing.assert_close(plus[0] - plain[0], extra, rtol=1e-4, atol=1e-5)
+    gradient = torch.autograd.grad(extra.sum(), leaf)[0]
+    torch.testing.assert_close(plus[1] - plain[1], gradient, rtol=1e-3, atol=1e-5)
+    assert gradient.norm() > 0
+
+
+def test_dream_plus_runs(toy):
+    method = replace(SMALL, feature=1.0, early=1, sampler=Representative(every=2, per_cluster=2))
+    run = distill(method, toy.train, 2, 0)
+    assert run.history["loss"].isfinite().all()
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", [replace(SMALL, outer=5, inner=5), DreamDC(**ON_DC | {"outer": 5, "inner": 5})]
+)
+def test_resume(toy, tmp_path, method):
+    calm = distill(method, toy.train, 2, 7, snapshots=(0, 25))
+    for at in (11, 22):
+        interrupted(method, toy.train, tmp_path / f"{at}", at, snapshots=(0, 25))
+        same(distill(method, toy.train, 2, 7, checkpoint=tmp_path / f"{at}", snapshots=(0, 25)), calm)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"feature": -1.0}, "feature -1.0 "),
+        ({"init": "kmeans"}, "unknown init 'kmeans'"),
+        ({"sampler": Representative(clusters=30)}, "30 clusters"),
+        ({"formation": MultiFormation(3)}, "factor 3 for 8x8"),
+    ],
+)
+def test_bad_input_is_one_line(toy, wrong, says):
+    with pytest.raises(CompanionError, match=says) as caught:
+        distill(replace(SMALL, **wrong), toy.train, 1, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings():
+    paper = dream.PRESETS["paper"]
+    assert paper == DREAM() and paper.real_batch == 128 and paper.sampler == Representative(every=10)
+    for name in ("digits", "photos16", "photos32"):  # IDC's, with another sampler and start
+        mine, theirs = vars(dream.PRESETS[name]), vars(idc.PRESETS[name])
+        assert {key for key in theirs if mine[key] != theirs[key]} == {"sampler", "init"}
+    assert dream.PRESETS["paper-mnist"].n_data == 500 and dream.PRESETS["paper-mnist"].real_batch == 128
+    assert dream.PRESETS["paper-plus"].feature == 1 and dream.PRESETS["paper-plus"].early == 1
