@@ -18,9 +18,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # this file may be loaded by its path alone
 
+import cases_dcc
 import cases_features
+import cases_idc
 import cases_kernels
 import cases_selection
+import cases_wmdd
 from arrays import Arrays, t
 
 from lib import augment
@@ -220,7 +223,7 @@ INPUTS = {
 }
 
 
-for part in (cases_features, cases_kernels, cases_selection):
+for part in (cases_dcc, cases_features, cases_idc, cases_kernels, cases_selection, cases_wmdd):
     CASES |= {function.__name__: function for function in part.CASES}
     TOLERANCE |= part.TOLERANCE
     INPUTS |= part.INPUTS
