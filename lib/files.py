@@ -46,8 +46,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
-        os.chmod(temporary, 0o666 & ~_umask())
         yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # now: some writers put a file of their own in its place
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)

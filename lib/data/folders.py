@@ -167,10 +167,14 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 def _by_class(folder: Path, names: tuple[str, ...]) -> Files:
     """The files of ``folder/name`` for each name, labelled by position."""
+    absent = [name for name in names if not (folder / name).is_dir()]
+    if absent:
+        listed = ", ".join(repr(name) for name in absent[:20]) + (", ..." if len(absent) > 20 else "")
+        raise CompanionError(
+            f"{folder} has no class folder {listed} ({len(absent)} of {len(names)} are missing)"
+        )
     pairs = []
     for label, name in enumerate(names):
-        if not (folder / name).is_dir():
-            raise CompanionError(f"{folder} has no class folder {name!r}; needed: {_some(names)}")
         paths = files_below(folder / name)
         if not paths:
             raise CompanionError(f"the class folder {folder / name} has no readable image (.png, .jpg, ...)")
@@ -200,7 +204,3 @@ def _tiny(base: Path) -> tuple[Files, Files, tuple[str, ...]]:
 def _files(pairs: list[tuple[Path, int]]) -> Files:
     paths, labels = zip(*pairs, strict=True)
     return Files(paths, labels)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +86,15 @@ class Stream:
             order = torch.arange(len(self))
         else:
             order = torch.randperm(len(self), generator=generator, device=generator.device).cpu()
+        chunks = order.split(batch)
+        if drop_last and len(chunks[-1]) < batch:
+            chunks = chunks[:-1]
+        yield from self.in_turn(chunks)
+
+    def in_turn(self, chunks: Iterable[Tensor]) -> Iterator[tuple]:
+        """(images, labels) on the device at each of these chunks of positions (m,); the next ones are decoded meanwhile."""
         waiting: deque = deque()
-        for chunk in order.split(batch):
-            if drop_last and len(chunk) < batch:
-                break
+        for chunk in chunks:
             waiting.append((chunk, self._submit(chunk)))
             if len(waiting) > AHEAD:
                 yield self._finish(*waiting.popleft())
