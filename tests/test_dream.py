@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import generator, toy_data
@@ -11,6 +12,7 @@ from test_distill import interrupted, same
 
 from lib.distill import distill
 from lib.errors import CompanionError
+from lib.evaluate.iterations import first_reached, speedups
 from lib.formation import MultiFormation, Pixels
 from lib.methods import dream, idc
 from lib.methods.dc import DC
@@ -183,3 +185,35 @@ def test_settings():
         assert {key for key in theirs if mine[key] != theirs[key]} == {"sampler", "init"}
     assert dream.PRESETS["paper-mnist"].n_data == 500 and dream.PRESETS["paper-mnist"].real_batch == 128
     assert dream.PRESETS["paper-plus"].feature == 1 and dream.PRESETS["paper-plus"].early == 1
+
+
+# -- iterations to an accuracy ------------------------------------------------------------------------------------------
+
+
+def test_where_an_accuracy_is_first_reached():
+    x, accuracy = [1, 10, 20, 40], [50.0, 60.0, 55.0, 80.0]
+    assert first_reached(x, accuracy, 50) == 1 and first_reached(x, accuracy, 30) == 1
+    assert first_reached(x, accuracy, 55) == 5.5  # half way up to the second point
+    assert first_reached(x, accuracy, 70) == 30  # the dip does not count
+    assert first_reached(x, accuracy, 81) == np.inf
+
+
+def test_speedups():
+    marks = np.tile([1.0, 10, 20, 40, 80], (5, 1))
+    slow = np.tile([50.0, 60, 70, 80, 90], (5, 1))
+    fast = np.tile([50.0, 70, 90, 90, 90], (5, 1))
+    curves = {
+        "slow": (marks, slow),
+        "fast": (marks, fast),
+        "never": (marks, slow - 5),
+        "again": (marks, slow),
+    }
+    found = speedups(curves, "slow", resamplings=20)
+    assert (found["fast"] == 4).all() and (found["never"] == 0).all() and (found["again"] == 1).all()
+    noisy = {
+        name: (x, a + np.random.default_rng(k).normal(0, 3, a.shape))
+        for k, (name, (x, a)) in enumerate(curves.items())
+    }
+    spread = speedups(noisy, "slow", resamplings=200)["fast"]
+    assert spread.std() > 0.05 and 2 < np.median(spread) < 6
+    assert np.array_equal(spread, speedups(noisy, "slow", resamplings=200)["fast"])

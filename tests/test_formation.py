@@ -307,7 +307,8 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@formations
+@pytest.mark.parametrize("formation", [MultiFormation(2), PADDED, SHIFTED, ChannelMix(), ChannelMix(CYCLES)],
+                         ids=["tiles", "padded", "shifted", "planes", "cycles"])  # fmt: skip
 def test_every_method_takes_every_formation(method, formation, colour, tmp_path):
     method = replace(method, formation=formation)
     done = distill(method, colour.train, 2, 3)

@@ -661,6 +661,6 @@ def test_a_wrong_row_is_refused(project, wrong):
 def test_shell_scripts_pass_shellcheck():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    scripts = ["run_all.sh", ".ci/run", "workflow/slurm_single_node.sh"]
+    scripts = ["run_all.sh", ".ci/run", "workflow/slurm_single_node.sh", "workflow/slurm_proof.sh"]
     done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

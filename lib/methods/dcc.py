@@ -93,7 +93,7 @@ _PHOTOS = DCC(outer=2, inner=4, epochs=5, real_batch=32, network="convnet-d3-w32
 # "paper" is the published setting for every data set and IPC; "data" as augmentation makes it DSAC. The small ones spend a
 # quarter of their steps on the warm-up, as published.
 PRESETS = {
-    "digits": DCC(outer=4, real_batch=64, network="convnet-d2-w32", warm_outer=1),
+    "digits": DCC(outer=4, real_batch=32, network="convnet-d2-w32", warm_outer=1),
     "photos16": _PHOTOS,
     "photos32": _PHOTOS,
     "paper": DCC(),

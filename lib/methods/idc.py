@@ -169,11 +169,11 @@ _IMAGENET = replace(
     _L1, lr=3e-3, outer=500, base_side=224, network="resnet18ap", formation=MultiFormation(3, pad=True),
     early=10, cutmix=1.0,
 )  # fmt: skip
-_SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, n_data=128)
-_PHOTOS = replace(_SMALL, outer=2, network="convnet-d3-w32", most=12, lr=0.01)
+_SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, outer=3, n_data=128)
+_PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, lr=0.01)
 # The published settings by data set, and small ones whose rates were chosen for their size.
 PRESETS = {
-    "digits": replace(_SMALL, outer=6, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0),
+    "digits": replace(_SMALL, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0),
     "photos16": replace(_PHOTOS, base_side=16),
     "photos32": _PHOTOS,
     "paper": _CIFAR,

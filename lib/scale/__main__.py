@@ -1,4 +1,4 @@
-"""``python -m lib.scale``: plan a run, list its units, run them, say how far it is.
+"""``python -m lib.scale``: plan a run, list its units, run them, say how far it is::
 
 python -m lib.scale run --out runs/toy --data digits --ipc 1 --preset digits --workers 2
 python -m lib.scale list --out runs/toy --stage recover

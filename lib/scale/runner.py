@@ -101,7 +101,7 @@ def _workers(devices: Sequence[str]) -> Iterator[Callable]:
                 for process in list((pool._processes or {}).values()):
                     process.terminate()
             time.sleep(0.05)
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, (BrokenProcessPool, EOFError, ConnectionError)):
             raise CompanionError(
                 "a worker was killed; finished units are kept, start again to go on"
             ) from None
