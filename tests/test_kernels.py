@@ -230,6 +230,19 @@ def test_ridge_predicts_its_support_and_shrinks_to_zero():
     assert torch.equal(y.sum(1).abs() < 1e-15, torch.ones(8, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("apart", [0.0, 1e-15, 1e-14])
+def test_labels_of_copies_of_an_image_stay_finite(apart):
+    """Two copies, up to rounding, leave a direction of labels that the targets cannot see: it gets none."""
+    x, t, y_t = randn(12, 40), randn(60, 40, seed=1), randn(60, 3, seed=2)
+    x[1] = x[0] + apart * randn(40, seed=3) / 40**0.5
+    k_ss, k_ts = fully_connected(x).ntk, fully_connected(t, x).ntk
+    labels = ridge.label_solve(k_ts, k_ss, y_t)
+    alone = ridge.label_solve(k_ts[:, 1:], k_ss[1:, 1:], y_t)
+    assert labels.abs().max() < 2 * alone.abs().max()
+    both, one = ridge.predict(k_ts, k_ss, labels), ridge.predict(k_ts[:, 1:], k_ss[1:, 1:], alone)
+    assert ridge.mse(both, y_t) < 1.01 * ridge.mse(one, y_t)
+
+
 def test_label_solve_is_a_minimum_and_the_published_form_its_limit():
     x, z, y_t = randn(6, 5), randn(40, 5, seed=1), randn(40, 3, seed=2)
     k_ss, k_ts = fully_connected(x).ntk, fully_connected(z, x).ntk

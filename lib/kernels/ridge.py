@@ -82,11 +82,14 @@ def predict(k_ts: Tensor, k_ss: Tensor, y_s: Tensor, lam: float = 1e-6, scaled: 
 def label_solve(k_ts: Tensor, k_ss: Tensor, y_t: Tensor, lam: float = 1e-6, scaled: bool = True) -> Tensor:
     """The labels (m, C) that minimise the loss of fixed support points: (K_ts (K_ss + ridge I)^-1)^+ y_t.
 
-    Label Solve of KIP. Without gradient; the pseudo-inverse is taken in 64 bits.
+    Label Solve of KIP. Without gradient; the pseudo-inverse is taken in 64 bits. Singular values below the rounding error of
+    the solution, eps times the condition number, count as zero: two copies of an image would otherwise get labels of 1e10.
     """
     with torch.no_grad():
-        m = solve(regularised(k_ss, lam, scaled), k_ts.double().T).T
-        return (torch.linalg.pinv(m) @ y_t.double()).to(y_t.dtype)
+        a = regularised(k_ss, lam, scaled)
+        m = solve(a, k_ts.double().T).T
+        noise = torch.finfo(m.dtype).eps * max(*m.shape, condition(a))
+        return (torch.linalg.pinv(m, rtol=noise) @ y_t.double()).to(y_t.dtype)
 
 
 def label_solve_regularised(k_ts: Tensor, k_ss: Tensor, y_t: Tensor, lam: float = 1e-6) -> Tensor:
