@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.errors import CompanionError
 from lib.nets.ensemble import apply
 
 EPS = 1e-6  # of the published code, added to the product of the norms
@@ -69,12 +70,19 @@ def layer_sum(
     Args:
         metric: of :data:`METRICS`, between rows (output channels; every entry of a vector is a row of its own).
         parts: ``conv``: convolution weights alone (the published choice); ``weights``: all but vectors; ``all``.
+    Raises:
+        CompanionError: the network has no such parameter, as an MLP has no convolution.
     """
+    counted = [pair for pair in zip(syn, real, strict=True) if pair[0].dim() > LOWEST[parts]]
+    if not counted:
+        raise CompanionError(
+            f"distance '{parts}-{metric}' compares convolutions, and this network has none: allowed for it are "
+            f"'weights-{metric}' and 'all-{metric}'"
+        )
     total = syn[0].new_zeros(len(syn[0]))
-    for a, b in zip(syn, real, strict=True):
-        if a.dim() > LOWEST[parts]:
-            rows = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (a, b))  # (C, rows, entries)
-            total = total + METRICS[metric](*rows)
+    for pair in counted:
+        rows = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in pair)  # (C, rows, entries)
+        total = total + METRICS[metric](*rows)
     return total
 
 
