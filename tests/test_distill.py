@@ -107,7 +107,9 @@ def test_dc_state_before_its_first_network_is_replaced(toy, tmp_path):
     method = replace(METHOD_DC, outer=30)
     interrupted(method, toy.train, path, 12)
     packed = read_checkpoint(path)
-    assert packed["done"] == 10 and {"pixels", "optimiser", "networks", "t", "memory"} == packed["state"].keys()
+    assert (
+        packed["done"] == 10 and {"pixels", "optimiser", "networks", "t", "memory"} == packed["state"].keys()
+    )
     assert all(tensor.isfinite().all() for tensor in packed["state"]["networks"]["parameters"].values())
 
 

@@ -186,7 +186,8 @@ def test_mosaics_of_real_images(toy):
         match = (found[:, None] == real).all(2)
         assert (match.sum(1) == 1).all() and match.any(0).sum() == 8
     assert torch.equal(
-        initial_codes(Pixels(), toy.train, 2, "mix", generator(3)), toy.train.sample(2, generator(3)).flatten(0, 1)
+        initial_codes(Pixels(), toy.train, 2, "mix", generator(3)),
+        toy.train.sample(2, generator(3)).flatten(0, 1),
     )
 
 

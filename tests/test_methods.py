@@ -366,7 +366,10 @@ def test_every_preset_is_valid(table):
     [
         (replace(DM_SMALL, init="zeros"), "unknown init 'zeros'.*allowed: mix, noise, real"),
         (replace(DC_SMALL, init="zeros"), "unknown init 'zeros'.*allowed: mix, noise, real"),
-        (replace(DC_SMALL, distance="l2"), "unknown distance 'l2'.*allowed: all-cos.*conv-mse, cos, mse, ours"),
+        (
+            replace(DC_SMALL, distance="l2"),
+            "unknown distance 'l2'.*allowed: all-cos.*conv-mse, cos, mse, ours",
+        ),
         (replace(DM_SMALL, network="convnt"), "unknown network 'convnt'"),
         (replace(DC_SMALL, network="convnet-d9"), "depth 9 is too deep for 8x8"),
         (replace(DM_SMALL, augmentation="crop_zoom"), "unknown augmentation 'zoom'"),
