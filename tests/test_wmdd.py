@@ -355,8 +355,8 @@ def test_images_of_a_class_from_memory_and_from_a_stream_are_the_same(toy):
         labels = toy.train.labels
 
         @staticmethod
-        def images(rows):
-            return toy.train.images[rows]
+        def in_turn(chunks):
+            return ((toy.train.images[rows], toy.train.labels[rows]) for rows in chunks)
 
     for c in range(3):
         ours, theirs = (list(class_images(data, c, 8)) for data in (toy.train, Streamed))

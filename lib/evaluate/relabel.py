@@ -192,13 +192,23 @@ def label_file(folder: Path | str, epochs: range) -> Path:
     return Path(folder) / f"labels-{epochs.start:05d}-{epochs.stop:05d}.safetensors"
 
 
+def half_logits(teacher: nn.Module, synset: SyntheticSet, protocol: FKD, epochs: range) -> Tensor:
+    """:func:`soft_labels` of a range of epochs in 16 bits, on the CPU, ``(epochs, n, C)``.
+
+    Raises:
+        CompanionError: a logit is beyond 16 bits.
+    """
+    logits = torch.stack([soft_labels(teacher, synset, protocol, epoch).half().cpu() for epoch in epochs])
+    if not logits.isfinite().all():
+        raise CompanionError("the teacher's logits do not fit 16 bits: labels='recompute' keeps 32")
+    return logits
+
+
 def store_labels(
     folder: Path | str, teacher: nn.Module, synset: SyntheticSet, protocol: FKD, epochs: range
 ) -> Path:
     """Write the logits of a range of epochs as one file of 16-bit numbers; a unit of work of its own."""
-    logits = torch.stack([soft_labels(teacher, synset, protocol, epoch).half().cpu() for epoch in epochs])
-    if not logits.isfinite().all():
-        raise CompanionError("the teacher's logits do not fit 16 bits: labels='recompute' keeps 32")
+    logits = half_logits(teacher, synset, protocol, epochs)
     about = {"format": FORMAT, "views": json.dumps(_about(protocol)), "set": set_hash(synset)}
     path = label_file(folder, epochs)
     write_tensors(path, {"logits": logits.contiguous()}, about | {"epochs": f"{epochs.start} {epochs.stop}"})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.match.batchnorm import Watch
+from lib.methods.teacher import in_turn
 
 STORAGE = ("float", "png", "jpeg")
 
@@ -69,11 +70,8 @@ class State:
 
 def class_images(train, c: int, chunk: int) -> Iterable[Tensor]:
     """The real images of a class in chunks of consecutive ones, from memory or from a stream."""
-    if hasattr(train, "of_class") and isinstance(train.images, Tensor):
-        yield from train.of_class(c).split(chunk)
-        return
-    for rows in (train.labels == c).nonzero().flatten().split(chunk):
-        yield train.images(rows)
+    rows = (train.labels == c).nonzero().flatten()
+    return (x for x, _ in in_turn(train, rows.split(chunk)))
 
 
 def bounds(prepared: Prepared) -> tuple[Tensor, Tensor]:

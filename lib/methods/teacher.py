@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -115,11 +115,16 @@ def train_teacher(teacher: Teacher, train, generator: torch.Generator | None = N
 
     def compute() -> dict[str, Tensor]:
         nets.initialise(network, generator)
-        fit(network, teacher, lambda epoch: batches(train, teacher.batch, generator), generator)
+        fit(network, teacher, train, generator)
         return {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
 
     found = stored(f"teacher-{key}", compute)
     network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in found.items()})
+    return converged(network, teacher, train)
+
+
+def converged(network: nn.Module, teacher: Teacher, train) -> nn.Module:
+    """The trained network, frozen; an error in one line if its training diverged."""
     if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
         raise CompanionError(
             f"the teacher {teacher.network} diverged on {train.name} at learning rate {teacher.lr:g}"
@@ -127,54 +132,74 @@ def train_teacher(teacher: Teacher, train, generator: torch.Generator | None = N
     return frozen(network)
 
 
-def batches(train, batch: int, generator: torch.Generator) -> Iterable[tuple[Tensor, Tensor]]:
-    """One pass over the data in random order; a last batch of one image is left out (its variance is 0)."""
-    if hasattr(train, "batches"):
-        yield from (pair for pair in train.batches(generator, batch) if len(pair[1]) > 1)
-        return
-    order = torch.randperm(len(train), generator=generator, device=generator.device)
-    for rows in order.split(batch):
-        if len(rows) > 1:
-            yield train.images[rows], train.labels[rows]
-
-
 def fit(
     network: nn.Module,
     teacher: Teacher,
-    of_epoch: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    train,
     generator: torch.Generator,
-    after_epoch: Callable[[int], None] | None = None,
-) -> nn.Module:
-    """The training loop, in place: ``of_epoch(e)`` yields the batches of an epoch; the network may be wrapped (DDP)."""
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """The training loop, in place; the network may be wrapped (DDP).
+
+    The batch of the recipe is that of ``world`` processes together, and process ``rank`` takes rows rank, rank + world, ... of
+    it. Order and augmentation are drawn for the whole batch in every process.
+
+    Args:
+        train: the data, in memory or a stream, the same in every process.
+    """
     optimiser = torch.optim.SGD(
         network.parameters(), lr=0.0, momentum=teacher.momentum, weight_decay=teacher.weight_decay
     )
-    rate = cosine_schedule(teacher.lr, teacher.epochs)
+    rate, mine = cosine_schedule(teacher.lr, teacher.epochs), slice(rank, None, world)
     network.train()
     for epoch in range(teacher.epochs):
         for group in optimiser.param_groups:
             group["lr"] = rate(epoch)
-        for x, y in of_epoch(epoch):
-            loss = F.cross_entropy(network(augmented(x, teacher.augmentation, generator)), y)
+        order = torch.randperm(len(train), generator=generator, device=generator.device)
+        # the variance of a single image is 0
+        whole = [rows for rows in order.split(teacher.batch) if len(rows) >= 2 * world]
+        for rows, (x, y) in zip(whole, in_turn(train, [rows[mine] for rows in whole]), strict=True):
+            logits = network(augmented(x, teacher.augmentation, generator, mine, len(rows)))
+            if world == 1:
+                loss = F.cross_entropy(logits, y)
+            else:  # DDP takes the mean over processes, whose parts of a last batch may differ by one image
+                loss = F.cross_entropy(logits, y, reduction="sum") * (world / len(rows))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        if after_epoch is not None:
-            after_epoch(epoch + 1)
-    return network
 
 
-def augmented(x: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
-    """A batch of real images as the recipe shows it to the teacher, own parameters per image."""
+def in_turn(train, chunks: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    """(images, labels) at each chunk of positions, from memory or from a stream."""
+    if hasattr(train, "in_turn"):
+        return train.in_turn(chunk.cpu() for chunk in chunks)
+    return ((train.images[chunk], train.labels[chunk]) for chunk in chunks)
+
+
+def augmented(
+    x: Tensor,
+    augmentation: str,
+    generator: torch.Generator,
+    rows: slice = slice(None),
+    total: int | None = None,
+) -> Tensor:
+    """A batch of real images as the recipe shows it to the teacher, own parameters per image.
+
+    Args:
+        rows: those of a batch of ``total`` images that x is; parameters are drawn for all of them.
+    """
+    total = len(x) if total is None else total
     if augmentation == "resized":
         numbers = views.keyed("augment", torch.rand((), generator=generator, device=generator.device).item())
-        boxes = views.crop_boxes(torch.full((len(x),), 0.08), x.shape[-1], numbers)
-        flips = torch.rand(len(x), generator=numbers) < 0.5
+        boxes = views.crop_boxes(torch.full((total,), 0.08), x.shape[-1], numbers)[rows]
+        flips = (torch.rand(total, generator=numbers) < 0.5)[rows]
         return views.resample(
             x, *views.crop_matrices(boxes.to(x.device), flips.to(x.device), x.shape[-1], dtype=x.dtype)
         )
     if names := augment.strategy(augmentation):
-        return augment.apply(x, augment.draw(names, len(x), generator, mode="multiple"))
+        drawn = augment.draw(names, total, generator, mode="multiple")
+        return augment.apply(x, replace(drawn, u=drawn.u[rows]))
     return x
 
 

@@ -20,18 +20,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib import augment, nets, views
+from lib import nets
 from lib.errors import CompanionError
-from lib.methods.teacher import Teacher, frozen, make_teacher, the_teacher
+from lib.methods.teacher import Teacher, converged, fit, make_teacher, the_teacher
 from lib.nets.convnet import ConvNet
 from lib.scale.plan import Run, open_run, real, same_data
 from lib.scale.store import done, save
 from lib.scale.units import method, unit
-from lib.train import cosine_schedule
 
 
 def squeeze(run: Run, device: torch.device, rank: int = 0, world: int = 1) -> nn.Module:
@@ -44,11 +42,11 @@ def squeeze(run: Run, device: torch.device, rank: int = 0, world: int = 1) -> nn
     return train_shared(teacher, train, rank, world)
 
 
-def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1, say=None) -> nn.Module:
+def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1) -> nn.Module:
     """:func:`lib.methods.teacher.train_teacher` with every batch shared by ``world`` processes; the same bits for one.
 
     Args:
-        train: the data, the same in every process; say: called with a line of text after every epoch.
+        train: the data, the same in every process.
     """
     generator = torch.Generator(train.device).manual_seed(teacher.seed)
     plain = nets.initialise(make_teacher(teacher.network, train), generator)
@@ -60,52 +58,8 @@ def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1, say=Non
         if train.device.type == "cuda" and not fused:
             network = plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
         network = DistributedDataParallel(plain, find_unused_parameters=fused)
-    optimiser = torch.optim.SGD(
-        plain.parameters(), lr=0.0, momentum=teacher.momentum, weight_decay=teacher.weight_decay
-    )
-    rate = cosine_schedule(teacher.lr, teacher.epochs)
-    network.train()
-    for epoch in range(teacher.epochs):
-        for group in optimiser.param_groups:
-            group["lr"] = rate(epoch)
-        order = torch.randperm(len(train), generator=generator, device=generator.device)
-        whole = [rows for rows in order.split(teacher.batch) if len(rows) >= 2 * world]
-        for rows, (x, y) in zip(whole, images(train, [rows[rank::world] for rows in whole]), strict=True):
-            x = augmented(x, slice(rank, None, world), len(rows), teacher.augmentation, generator)
-            # DDP takes the mean over processes, whose parts of a last batch may differ by one image
-            loss = F.cross_entropy(network(x), y, reduction="sum") * (world / len(rows))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        if say is not None:
-            say(f"epoch {epoch + 1}/{teacher.epochs}, last loss {loss.item():.3f}")
-    if not all(bool(tensor.isfinite().all()) for tensor in plain.state_dict().values()):
-        raise CompanionError(
-            f"the teacher {teacher.network} diverged on {train.name} at learning rate {teacher.lr:g}"
-        )
-    return frozen(plain)
-
-
-def images(train, chunks: list[Tensor]):
-    """(images, labels) at each chunk of positions."""
-    if hasattr(train, "in_turn"):
-        return train.in_turn(chunk.cpu() for chunk in chunks)
-    return ((train.images[chunk], train.labels[chunk]) for chunk in chunks)
-
-
-def augmented(x: Tensor, rows: slice, total: int, augmentation: str, generator: torch.Generator) -> Tensor:
-    """The rows of a batch of ``total`` images that are here, as the recipe shows them: parameters are drawn for all rows."""
-    if augmentation == "resized":
-        numbers = views.keyed("augment", torch.rand((), generator=generator, device=generator.device).item())
-        boxes = views.crop_boxes(torch.full((total,), 0.08), x.shape[-1], numbers)[rows]
-        flips = (torch.rand(total, generator=numbers) < 0.5)[rows]
-        return views.resample(
-            x, *views.crop_matrices(boxes.to(x.device), flips.to(x.device), x.shape[-1], dtype=x.dtype)
-        )
-    if names := augment.strategy(augmentation):
-        drawn = augment.draw(names, total, generator, mode="multiple")
-        return augment.apply(x, dataclasses.replace(drawn, u=drawn.u[rows]))
-    return x
+    fit(network, teacher, train, generator, rank, world)
+    return converged(plain, teacher, train)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from lib import nets
 from lib.distill import describe
-from lib.errors import CompanionError
-from lib.evaluate.relabel import LabelStore, label_bytes, soft_labels, train_by_distillation
+from lib.evaluate.relabel import LabelStore, half_logits, label_bytes, train_by_distillation
 from lib.evaluate.run import accuracy, network_seed
 from lib.match.batchnorm import Watch
-from lib.methods.recover import Prepared
+from lib.methods.recover import Prepared, class_images
 from lib.methods.teacher import frozen, make_teacher
 from lib.nets.ensemble import Ensemble
 from lib.scale.plan import Run, real, same_data, transform_of
@@ -51,14 +50,6 @@ def _squeeze(run: Run, one: Unit, device: torch.device) -> None:
     save(run, one, squeeze(run, device).state_dict())
 
 
-def images_of(train, c: int, chunk: int):
-    """The images of a class in the order of the files, ``chunk`` at a time."""
-    rows = (train.labels == c).nonzero()[:, 0]
-    if hasattr(train, "in_turn"):
-        return (x for x, _ in train.in_turn(rows.split(chunk)))
-    return (train.images[part] for part in rows.split(chunk))
-
-
 # -- class statistics and recovery ----------------------------------------------------------------------------------------
 
 
@@ -70,7 +61,7 @@ def _statistics(run: Run, one: Unit, device: torch.device) -> None:
     with Watch(teacher_of(run, device)) as watch:
         for c in range(one.first, one.last):
             found = chosen.class_targets(
-                watch, images_of(train, c, chosen.chunk), run.plan.ipc, run.plan.seed, c
+                watch, class_images(train, c, chosen.chunk), run.plan.ipc, run.plan.seed, c
             )
             tensors |= {f"{c}.{name}": tensor for name, tensor in found.items()}
     save(run, one, tensors)
@@ -155,12 +146,7 @@ def the_set(run: Run) -> SyntheticSet:
 def _relabel(run: Run, one: Unit, device: torch.device) -> None:
     """The teacher's logits for all views of these epochs, 16 bits, ``(epochs, images, classes)``."""
     teacher, shown, protocol = teacher_of(run, device), Shown(the_images(run, device)), recipe(run)
-    logits = [
-        soft_labels(teacher, shown, protocol, epoch).half().cpu() for epoch in range(one.first, one.last)
-    ]
-    if not all(bool(part.isfinite().all()) for part in logits):
-        raise CompanionError("the teacher's logits do not fit 16 bits: labels='recompute' keeps 32")
-    save(run, one, {"logits": torch.stack(logits)})
+    save(run, one, {"logits": half_logits(teacher, shown, protocol, range(one.first, one.last))})
 
 
 class Labels(LabelStore):
