@@ -85,17 +85,22 @@ def sgd_steps(
                 loss = _cutmix_loss(networks, x, y, w, *chance.mix(epoch, b))
             else:
                 loss = batch_loss(networks(x), y, w)
-            gradients = torch.autograd.grad(loss.sum(), parameters, materialize_grads=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                # The fused SGD reads gradients as if they lay in memory like their parameters; the classifier's does not.
-                parameter.grad = gradient.contiguous()
-            optimiser.step()
+            update(optimiser, parameters, loss.sum())
             total += loss.detach() * (x.shape[1] / m)
         if after_epoch is not None:
             after_epoch(epoch + 1)
     for parameter in parameters:
         parameter.grad = None
     return total
+
+
+def update(optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor], loss: Tensor) -> None:
+    """One step of a fused optimiser down the gradient of a loss."""
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        # Fused optimisers read gradients as if they lay in memory like their parameters; the classifier's does not.
+        parameter.grad = gradient.contiguous()
+    optimiser.step()
 
 
 def batch_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

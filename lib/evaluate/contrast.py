@@ -6,7 +6,7 @@ With $g_c$ the gradient of class c (its mean cross-entropy, all weights as one v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +56,27 @@ def agreement_in_training(
     real = train.sample(min(64, train.smallest_class), generator)
     syn = synset.images.unflatten(0, (train.num_classes, -1))
     images, labels = synset.images.unsqueeze(0), synset.targets.unsqueeze(0)
-    found, done = [], 0
+    found = [
+        agreement(gradient_vectors(networks, syn), gradient_vectors(networks, real))
+        for _ in marks(networks, images, labels, epochs, generator, lr)
+    ]
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def marks(
+    networks: Ensemble,
+    images: Tensor,
+    labels: Tensor,
+    epochs: Sequence[int],
+    generator: torch.Generator,
+    lr: float,
+) -> Iterator[int]:
+    """Train by plain SGD, in place, and stop at each of these epochs (ascending) to let somebody look."""
+    done = 0
     for until in epochs:
         sgd_steps(networks, images, labels, [generator], epochs=until - done, lr=lr)
         done = until
-        found.append(agreement(gradient_vectors(networks, syn), gradient_vectors(networks, real)))
-    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+        yield until
 
 
 def tangent_kernel(networks: Ensemble, images: Tensor) -> Tensor:
@@ -102,11 +117,8 @@ def kernel_velocity(
         epochs: ascending; one value for every two neighbours, all at least 0.
     """
     networks = Ensemble.make(network, like, [generator])
-    kernels, done = [], 0
-    for until in epochs:
-        sgd_steps(networks, images[None], labels[None], [generator], epochs=until - done, lr=lr)
-        done = until
-        kernels.append(tangent_kernel(networks, probe).flatten())
+    stops = marks(networks, images[None], labels[None], epochs, generator, lr)
+    kernels = [tangent_kernel(networks, probe).flatten() for _ in stops]
     pairs = zip(kernels[:-1], kernels[1:], epochs[:-1], epochs[1:], strict=True)
     return torch.stack(
         [(1 - F.cosine_similarity(a, b, dim=0)).clamp(min=0) / (t - s) for a, b, s, t in pairs]

@@ -34,7 +34,7 @@ from lib.measure import Meter
 from lib.nets.ensemble import Ensemble
 from lib.sources import code_digest
 from lib.synset import SyntheticSet, read_safetensors
-from lib.train import cosine_schedule, predict
+from lib.train import cosine_schedule, predict, update
 
 FORMAT = "distillation-companion/soft-labels-1"
 ORDERS = ("keyed", "published")
@@ -287,18 +287,16 @@ def train_by_distillation(
     synset: SyntheticSet,
     teacher: nn.Module | LabelStore,
     protocol: FKD,
-    after_epoch=None,
 ) -> Tensor:
     """Train K networks on the same views of a set, in place.
 
     Args:
         teacher: the frozen network, whose labels are computed as they are needed, or a :class:`LabelStore`.
-        after_epoch: called with the number of finished epochs.
     Returns:
         loss of the last batch per network, ``(K,)``.
     """
     networks.train()
-    optimiser = _optimiser(networks, protocol)
+    optimiser, parameters = _optimiser(networks, protocol), list(networks.parameters.values())
     rate, images = cosine_schedule(protocol.lr, protocol.epochs), synset.images.detach()
     loss = torch.zeros(networks.size, device=images.device)
     for epoch in range(protocol.epochs):
@@ -316,20 +314,8 @@ def train_by_distillation(
             done += len(x)
             weights = None if synset.weights is None else synset.weights[view.rows.to(images.device)]
             loss = weighted_mean(divergence(networks(x.unsqueeze(0)), target, protocol.temperature), weights)
-            _step(optimiser, loss.sum())
-        if after_epoch is not None:
-            after_epoch(epoch + 1)
+            update(optimiser, parameters, loss.sum())
     return loss.detach()
-
-
-def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = (
-            gradient.contiguous()
-        )  # the fused optimiser reads it as if it lay in memory like the parameter
-    optimiser.step()
 
 
 def _optimiser(networks: Ensemble, protocol: FKD) -> torch.optim.AdamW:

@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.match.gradient import DISTANCES
-from lib.nets.ensemble import apply
+from lib.match.gradient import DISTANCES, class_gradients
 from lib.train import rows_at_once
 
 
@@ -40,13 +38,7 @@ def union_gradient(
     Returns:
         ``(1, ...)`` per parameter, in parameter order; zero where a parameter has no effect.
     """
-    names = [name for name, _ in template.named_parameters()]
-    own = {name: tensor.detach() for name, tensor in tensors.items()}
-    own |= {name: own[name].requires_grad_() for name in names}
-    logits = apply(template, own, x.unsqueeze(0))[0]
-    loss = F.cross_entropy(logits, labels, reduction="sum") / (total or len(x))
-    weights = [own[name] for name in names]
-    return list(torch.autograd.grad(loss, weights, create_graph=create_graph, materialize_grads=True))
+    return class_gradients(template, tensors, x[None], labels[None], create_graph, total)
 
 
 def contrastive_step(

@@ -106,7 +106,12 @@ DISTANCES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
 
 
 def class_gradients(
-    template: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, labels: Tensor, create_graph: bool = False
+    template: nn.Module,
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    create_graph: bool = False,
+    total: int | None = None,
 ) -> list[Tensor]:
     """Gradient of the mean cross-entropy of every class's own batch, in one backward pass.
 
@@ -115,8 +120,9 @@ def class_gradients(
 
     Args:
         template, tensors: architecture, and its parameters and buffers stacked as ``(1, ...)``.
-        x: ``(C, n, c, h, w)``; labels: ``(C,)``, the class of each batch.
+        x: ``(C, n, c, h, w)``; labels: ``(C,)``, the class of each batch, or ``(C, n)``, that of each image.
         create_graph: keep the graph, to differentiate the result with respect to ``x``.
+        total: divide the summed loss of a batch by this instead of n (it is a part of so many images).
     Returns:
         ``(C, ...)`` per parameter, in parameter order; zero where a parameter has no effect.
     """
@@ -125,10 +131,9 @@ def class_gradients(
     copies = {name: tensor.detach().expand(classes, *tensor.shape[1:]) for name, tensor in tensors.items()}
     copies |= {name: copies[name].clone().requires_grad_() for name in names}
     logits = apply(template, copies, x)  # (C, n, classes)
-    target = labels[:, None].expand(classes, n).flatten()
-    loss = (
-        F.cross_entropy(logits.flatten(0, 1), target, reduction="sum") / n
-    )  # sum over classes of batch means
+    target = (labels if labels.dim() == 2 else labels[:, None]).expand(classes, n).flatten()
+    # the sum over classes of batch means
+    loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum") / (total or n)
     return list(
         torch.autograd.grad(
             loss, [copies[name] for name in names], create_graph=create_graph, materialize_grads=True

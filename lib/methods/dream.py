@@ -103,8 +103,7 @@ class DREAM(RepresentativeStart, IDC):
         losses, gradient = super().gap(networks, real, syn, generator)
         if self.feature == 0:
             return losses, gradient
-        fixed = {name: tensor.detach() for name, tensor in networks.parameters.items()}
-        fixed = Ensemble(networks.template, fixed, networks.buffers)
+        fixed = networks.detached()
 
         def embed(images: Tensor) -> Tensor:
             return fixed.embed(images.flatten(0, 1).unsqueeze(0))[0].unflatten(0, images.shape[:2])

@@ -108,9 +108,7 @@ class LCMatC(dsa.DSA):
 def outputs(networks: Ensemble, images: Tensor) -> curvature.Outputs:
     """What the last layer of one network sees and says of ``(C, n, c, h, w)`` images, class c in row c."""
     weight, bias = (networks.parameters[f"classifier.{kind}"][0].detach() for kind in ("weight", "bias"))
-    frozen = {name: tensor.detach() for name, tensor in networks.parameters.items()}
-    frozen = Ensemble(networks.template, frozen, networks.buffers)
-    h = frozen.embed(images.flatten(0, 1).unsqueeze(0))[0].unflatten(0, images.shape[:2])
+    h = networks.detached().embed(images.flatten(0, 1).unsqueeze(0))[0].unflatten(0, images.shape[:2])
     labels = torch.arange(len(images), device=images.device)
     return curvature.Outputs(F.pad(h, (1, 0), value=1.0), F.linear(h, weight, bias), labels)
 

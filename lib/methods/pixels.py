@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lib import augment
+from lib.data.imageset import draw
 from lib.errors import unknown
 from lib.synset import SyntheticSet, class_major
 
@@ -81,8 +82,7 @@ def at_most(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     classes, count = images.shape[:2]
     if count <= most:
         return images
-    keys = torch.rand(classes, count, generator=generator, device=images.device)
-    rows = keys.topk(most, 1).indices
+    rows = draw(torch.arange(count, device=images.device).expand(classes, -1), most, generator)
     return images[torch.arange(classes, device=rows.device)[:, None], rows]
 
 

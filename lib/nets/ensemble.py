@@ -61,6 +61,11 @@ class Ensemble:
         """Inputs of the last linear layer, ``(K, n, d)``."""
         return apply(self.template, self.parameters | self.buffers, x, "embed")
 
+    def detached(self) -> Ensemble:
+        """The same networks, to whose weights no gradient flows."""
+        fixed = {name: tensor.detach() for name, tensor in self.parameters.items()}
+        return Ensemble(self.template, fixed, self.buffers)
+
     def network(self, k: int) -> nn.Module:
         """A stand-alone copy of network k."""
         import copy

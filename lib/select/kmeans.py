@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lib.data.imageset import draw
 from lib.errors import choose, unknown
 
 STARTS = ("random", "k-means++")
@@ -66,8 +67,8 @@ def starting_points(
 
 def random_columns(valid: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k different existing columns of every row, uniformly, ``(C, k)``; the generator lives on the CPU."""
-    keys = torch.rand(valid.shape, generator=generator).to(valid.device).masked_fill(~valid, -1.0)
-    return keys.topk(k, 1).indices
+    columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    return draw(columns.masked_fill(~valid, -1), k, generator)
 
 
 def nearest(points: Tensor, valid: Tensor, centroids: Tensor, count: int = 1) -> Tensor:
