@@ -27,10 +27,10 @@ from benchmarks.harness import REFERENCE, Row, measure
 from benchmarks.hot_spots import SIZES, Setting
 from benchmarks.kernel_spots import KERNEL_SPOTS
 from benchmarks.select_spots import SELECT_SPOTS
-from lib.companion.allocator import keep_large_blocks
-from lib.device import resolve_device
-from lib.errors import CompanionError, unknown
-from lib.files import ROOT
+from lib.system.allocator import keep_large_blocks
+from lib.system.device import resolve_device
+from lib.system.errors import CompanionError, unknown
+from lib.system.files import ROOT
 
 # the hot spots whose memory and page faults are measured, at size L
 MEMORY = (

@@ -17,8 +17,8 @@ from benchmarks.harness import cost
 from benchmarks.hot_spots import HOT_SPOTS, SIZES
 from benchmarks.kernel_spots import KERNEL_SPOTS
 from benchmarks.select_spots import SELECT_SPOTS
-from lib.companion.allocator import keep_large_blocks
-from lib.files import ROOT
+from lib.system.allocator import keep_large_blocks
+from lib.system.files import ROOT
 
 ALLOCATORS = ("default", "tuned")
 SPOTS = HOT_SPOTS | FEATURE_SPOTS | FORMATION_SPOTS | KERNEL_SPOTS | SELECT_SPOTS

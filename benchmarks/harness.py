@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.errors import CompanionError
-from lib.measure import Meter
+from lib.system.errors import CompanionError
+from lib.system.measure import Meter
 
 REFERENCE = "reference"
 

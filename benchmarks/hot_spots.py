@@ -11,14 +11,15 @@ from torch import Tensor
 from benchmarks import reference
 from benchmarks.harness import REFERENCE, HotSpot, difference
 from lib import augment, nets
+from lib.augment import augment_by_class
 from lib.data.imageset import NATURAL, ImageSet
 from lib.data.whitening import Standardise
-from lib.evaluate import run
+from lib.evaluate import networks as fresh
 from lib.evaluate.protocol import Protocol
+from lib.formation import by_class
 from lib.methods.dc import DC
 from lib.methods.dm import DM
 from lib.methods.dsa import DSA
-from lib.methods.pixels import augment_by_class, by_class
 from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, class_major
 from lib.train import _Chance, predict
@@ -200,7 +201,7 @@ def evaluation(setting: Setting) -> HotSpot:
         "benchmark", network=setting.network, epochs=setting.epochs, schedule="constant", augmentation="data"
     )
     synset = SyntheticSet(train.images, train.labels, train.classes, train.transform)
-    runs = run._together([synset], NETWORKS, train, protocol)
+    runs = fresh._together([synset], NETWORKS, train, protocol)
     names = augment.strategy(train.augmentation)
 
     def ours(protocol: Protocol = protocol) -> list[Ensemble]:
@@ -211,7 +212,7 @@ def evaluation(setting: Setting) -> HotSpot:
             images, labels = (
                 tensor.expand(len(pairs), *tensor.shape) for tensor in (train.images, train.labels)
             )
-            run.train(networks, images, labels, generators, protocol, train)
+            fresh.train(networks, images, labels, generators, protocol, train)
             ensembles.append(networks)
         return ensembles
 
@@ -284,7 +285,7 @@ def test_pass(setting: Setting) -> HotSpot:
         return [reference.test(network, test.images, test.labels) for network in plain_networks]
 
     def ours() -> Tensor:
-        return run.accuracy(predict(networks, test.images), test)
+        return fresh.accuracy(predict(networks, test.images), test)
 
     @torch.no_grad()
     def check() -> dict[str, float]:

@@ -12,9 +12,9 @@ from benchmarks.harness import REFERENCE, HotSpot, difference
 from benchmarks.hot_spots import Setting
 from lib import data
 from lib.kernels import ridge
+from lib.kernels.closed_form import RidgePath, cyclic_labels, ridge_path
 from lib.kernels.conv import convolutional
-from lib.kernels.distill import RidgePath, cyclic_labels, ridge_path
-from lib.kernels.features import Blocks, random_blocks
+from lib.kernels.feature_maps import Blocks, random_blocks
 from lib.methods.kip import KIP
 from lib.methods.krr import KRR, MAPS, columns, feature_map
 from lib.methods.rfad import RFAD

@@ -21,9 +21,9 @@ from lib.data.imageset import ImageSet
 from lib.data.whitening import Standardise
 from lib.match import barycenter as ot
 from lib.match.batchnorm import batch_norms
-from lib.methods import teacher as teachers
-from lib.methods.recover import Prepared, State
 from lib.methods.wmdd import WMDD
+from lib.recover import teacher as teachers
+from lib.recover.blocks import Prepared, State
 from lib.synset import class_major
 
 STEMS = {"tiny stem": "torchvision-resnet18-tiny", "CIFAR stem": "resnet18-batch"}

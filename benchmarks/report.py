@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Row
-from lib.files import write_text
+from lib.system.files import write_text
 
 CLAIM = (
     "Times are medians of interleaved repeats; *ratio* is the time of the plain reference loop, run in the same "
@@ -24,7 +24,7 @@ CLAIM = (
 )
 COSTS = (
     "Each line is a process of its own. *Memory* is the peak of the first call above what the process held before it; "
-    "page faults are per unit, after the first call. *tuned* is `lib.companion.allocator`."
+    "page faults are per unit, after the first call. *tuned* is `lib.system.allocator`."
 )
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks.harness import REFERENCE, HotSpot
 from benchmarks.hot_spots import Setting
-from lib.files import ROOT
-from lib.measure import Meter
 from lib.select import scores, similarity, submodular
 from lib.select.gradmatch import orthogonal_matching
 from lib.select.last_layer import LastLayer
-from lib.select.lcmat import curvature_coordinates, diagonal_hessian_at, pair_cost
+from lib.select.pair_cost import curvature_coordinates, diagonal_hessian_at, pair_cost
+from lib.system.files import ROOT
+from lib.system.measure import Meter
 
 FRACTION, WIDTH, EPS, COORDINATES = 0.1, 512, 0.01, 100
 TARGET_SECONDS, TARGET_BYTES = 60, 4e9

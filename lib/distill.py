@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lib.cache import digest
-from lib.errors import CompanionError
-from lib.files import atomic, cache_dir, write_tensors
-from lib.measure import Meter
 from lib.nets.ensemble import Ensemble
-from lib.sources import code_digest
 from lib.synset import SyntheticSet, check_ipc, read_safetensors
+from lib.system.cache import digest
+from lib.system.code import code_digest
+from lib.system.errors import CompanionError
+from lib.system.files import atomic, cache_dir, write_tensors
+from lib.system.measure import Meter
 
 CHECKPOINT = {"key", "configuration", "done", "generator", "state", "seconds", "history", "snapshots"}
 GUARD_EVERY = 10  # steps between two looks at the metrics (a look waits for a GPU)

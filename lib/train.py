@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib import augment
-from lib.errors import unknown
 from lib.nets.ensemble import Ensemble
+from lib.system.errors import unknown
 
 EPOCHS_PER_DRAW = (
     32  # random numbers are drawn for this many epochs at a time; part of the stream's definition

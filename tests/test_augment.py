@@ -10,7 +10,7 @@ from helpers import generator
 
 from lib import augment
 from lib.augment import FAMILIES, MODES, Draw
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 ALL = ("color", "crop", "cutout", "flip", "scale", "rotate")
 

@@ -13,7 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import child, report
 from benchmarks.harness import REFERENCE, assert_equal, cost, measure
 from benchmarks.hot_spots import HOT_SPOTS, Setting
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 TINY = Setting(side=8, depth=1, width=8, classes=3, ipc=2, real=4, test=9, epochs=2)
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import errors, files
-from lib.cache import digest, stored
-from lib.device import resolve_device
-from lib.errors import CompanionError
-from lib.files import ROOT, atomic, cache_dir, inside, write_tensors, write_text
-from lib.measure import Meter
-from lib.sources import closure, code_digest, module_files, notebook_code
+from lib.system import errors, files
+from lib.system.cache import digest, stored
+from lib.system.code import closure, code_digest, module_files, notebook_code
+from lib.system.device import resolve_device
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT, atomic, cache_dir, inside, write_tensors, write_text
+from lib.system.measure import Meter
 
 # -- digests ------------------------------------------------------------------------------------------------------------
 
@@ -266,6 +266,6 @@ def test_meter():
 
 
 def test_errors_and_files_need_no_torch():
-    code = "import sys, lib.errors, lib.files, lib.sources; print('torch' in sys.modules)"
+    code = "import sys, lib.system.errors, lib.system.files, lib.system.code; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

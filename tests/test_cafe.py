@@ -12,13 +12,13 @@ from helpers import generator, toy_data
 
 from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
+from lib.formation import by_class
 from lib.match import features
 from lib.methods import cafe
 from lib.methods.cafe import CAFE, PRESETS, shared, spread
 from lib.methods.dm import DM
-from lib.methods.pixels import by_class
 from lib.synset import class_major
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 SMALL = CAFE(iterations=3, real_batch=8, network=NET, window=3, max_outer=4, max_inner=4, query=5)

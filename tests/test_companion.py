@@ -15,8 +15,8 @@ import torch
 
 from lib.companion import provenance, start, tables, verdicts
 from lib.companion.profiles import PROFILES, cases_of
-from lib.errors import CompanionError
-from lib.files import ROOT
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT
 
 
 @pytest.fixture

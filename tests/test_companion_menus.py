@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lib.companion import menus
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 PARTS = {"objective": ["DC", "DM"], "sampler": ["random", "representative"]}
 

@@ -12,9 +12,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from lib.companion import normalise
-from lib.companion.normalise import normalised
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
+from workflow.pages import normalise
+from workflow.pages.normalise import normalised
 
 WARNING = "[IPKernelApp] WARNING | Kernel is running over TCP without encryption. All communication is plain text.\n"
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.companion import plots, start, style, tables
-from lib.errors import CompanionError
+from lib.companion import plots, start, tables, theme
+from lib.system.errors import CompanionError
 
 CLASSES = [f"class {c}" for c in range(10)]
 
@@ -21,7 +21,7 @@ CLASSES = [f"class {c}" for c in range(10)]
 @pytest.fixture(autouse=True)
 def _look():
     with matplotlib.rc_context():
-        style.use_style()
+        theme.use_style()
         yield
     plt.close("all")
 
@@ -74,7 +74,7 @@ def _figures() -> dict:
 @pytest.mark.parametrize("name", list(_figures()))
 def test_figures_are_drawn_at_the_size_they_state(name, tmp_path):
     fig = _figures()[name]()
-    style.save_png(fig, tmp_path / "a.png")
+    theme.save_png(fig, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         pixels = np.asarray(image.convert("RGB"))
         assert "Software" not in image.info
@@ -89,17 +89,17 @@ def test_the_same_figure_is_the_same_bytes(name, tmp_path):
     files = [tmp_path / f"{k}.{kind}" for k in range(2) for kind in ("png", "svg")]
     for k in range(2):
         fig = _figures()[name]()
-        style.save_png(fig, files[2 * k])
-        assert style.save_svg(fig, files[2 * k + 1], 200_000)
+        theme.save_png(fig, files[2 * k])
+        assert theme.save_svg(fig, files[2 * k + 1], 200_000)
     assert files[0].read_bytes() == files[2].read_bytes()
     assert files[1].read_bytes() == files[3].read_bytes()
 
 
 def test_svg_only_where_it_is_light(tmp_path):
     path = tmp_path / "a.svg"
-    assert not style.save_svg(_figures()["grid"](), path, 10**9) and not path.exists()  # pictures
-    assert style.save_svg(_figures()["bars"](), path, 10**9)
-    assert not style.save_svg(_figures()["bars"](), path, 1000) and not path.exists()  # an older one goes
+    assert not theme.save_svg(_figures()["grid"](), path, 10**9) and not path.exists()  # pictures
+    assert theme.save_svg(_figures()["bars"](), path, 10**9)
+    assert not theme.save_svg(_figures()["bars"](), path, 1000) and not path.exists()  # an older one goes
 
 
 def test_an_image_grid_shows_the_pixels_themselves():

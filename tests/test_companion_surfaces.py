@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.companion import surfaces
-from lib.companion.style import use_style
+from lib.companion.theme import use_style
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import toy_data
 
+from lib.compose import AUGMENTATIONS, FORMATIONS, OBJECTIVES, PARTS, SAMPLERS, compose, steps
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.methods import dm, dsa
-from lib.methods.compose import AUGMENTATIONS, FORMATIONS, OBJECTIVES, PARTS, SAMPLERS, compose, steps
-from lib.sampler import Representative
+from lib.select.sampler import Representative
+from lib.system.errors import CompanionError
 
 TINY = {"real_batch": 4}
 

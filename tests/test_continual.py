@@ -10,7 +10,6 @@ from helpers import generator, toy_data
 
 from lib.data.imageset import Data
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.evaluate import Protocol, evaluate
 from lib.evaluate.continual import (
     ORDER_STEP,
@@ -21,10 +20,11 @@ from lib.evaluate.continual import (
     memories,
     of_classes,
 )
+from lib.formation.mosaic import Mosaic
 from lib.methods.dm import DM
 from lib.methods.selection import RandomReal
-from lib.partition import Mosaic
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError
 
 QUICK = Protocol("quick", network="convnet-d2-w8", epochs=15, lr=0.05, networks=2)
 ORDER = torch.tensor([[2, 0], [3, 1], [5, 4]])

@@ -13,8 +13,8 @@ from torch import nn
 
 from lib import nets
 from lib.data import load
-from lib.errors import CompanionError
 from lib.nets.convnet import TAPS, ConvNet
+from lib.system.errors import CompanionError
 
 
 def like(channels=3, classes=10, size=32, padding=1):

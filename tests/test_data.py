@@ -13,9 +13,9 @@ import lib.data
 from lib.data import ZCA, PerImageZCA, Standardise, embedded, from_saved
 from lib.data.imageset import DIGITS, NATURAL, ImageSet, class_table, draw
 from lib.data.whitening import second_moment, zca_matrix
-from lib.device import resolve_device
-from lib.errors import CompanionError
-from lib.files import ROOT
+from lib.system.device import resolve_device
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT
 
 
 def seeded(seed=0):

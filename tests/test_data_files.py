@@ -14,7 +14,7 @@ import lib.data
 from lib.data import folders, images, memory
 from lib.data.imageset import DIGITS, NATURAL
 from lib.data.subsets import CLASSES, SUBSETS, class_names, phase, positions
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 RANDOM = np.random.RandomState(0)
 

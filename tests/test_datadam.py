@@ -11,11 +11,11 @@ from helpers import generator, toy_data
 
 from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.match import attention
 from lib.methods import datadam, dm
 from lib.methods.datadam import DataDAM
 from lib.methods.dm import DM
+from lib.system.errors import CompanionError
 
 BASE = DM(iterations=6, real_batch=8, network="convnet-d3-w4", augmentation="none")
 FULL = DataDAM(**vars(BASE))

@@ -10,12 +10,12 @@ from helpers import generator, toy_data
 from test_distill import interrupted, same
 
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.formation import CYCLES, PLANES, ChannelMix, MultiFormation, Pixels
 from lib.methods import dcep, idc
 from lib.methods.dcep import DCEP, FORMATIONS
 from lib.methods.idc import IDC
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError
 
 SHARED = {"outer": 3, "inner": 4, "lr": 0.2, "base_side": 8, "real_batch": 8, "network": "convnet-d2-w4", "n_data": 24,
           "network_batch": 8}  # fmt: skip

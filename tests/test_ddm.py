@@ -11,11 +11,11 @@ from helpers import generator, toy_data
 
 from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.match import features, style
 from lib.methods import ddm, dm
 from lib.methods.ddm import DDM
 from lib.methods.dm import DM
+from lib.system.errors import CompanionError
 
 BASE = DM(iterations=6, real_batch=8, network="convnet-d2-w4", augmentation="none")
 OFF = {"moments": 0.0, "gram": 0.0, "diversity": 0.0}

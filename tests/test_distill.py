@@ -19,12 +19,12 @@ from helpers import toy_data
 
 from lib import distill as module
 from lib.distill import configuration_key, distill, pack, read_checkpoint, unpack
-from lib.errors import CompanionError
+from lib.formation.start import pixel_set
 from lib.methods.dc import DC
 from lib.methods.dm import DM
-from lib.methods.pixels import pixel_set
 from lib.methods.selection import RandomReal
 from lib.nets.ensemble import Ensemble
+from lib.system.errors import CompanionError
 
 SMALL = DM(iterations=25, real_batch=8, network="convnet-d2-w4")
 

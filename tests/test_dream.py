@@ -10,16 +10,16 @@ import torch
 from helpers import generator, toy_data
 from test_distill import interrupted, same
 
+from lib.analysis.iterations import first_reached, speedups
 from lib.distill import distill
-from lib.errors import CompanionError
-from lib.evaluate.iterations import first_reached, speedups
 from lib.formation import MultiFormation, Pixels
 from lib.methods import dream, idc
 from lib.methods.dc import DC
 from lib.methods.dream import DREAM, DreamDC
 from lib.methods.idc import IDC
 from lib.nets.ensemble import Ensemble
-from lib.sampler import Memory, RandomBatches, Representative
+from lib.select.sampler import Memory, RandomBatches, Representative
+from lib.system.errors import CompanionError
 from lib.train import predict_embeddings
 
 SOME = {

@@ -11,11 +11,19 @@ from helpers import toy_data
 
 from lib import evaluate as package
 from lib.data.imageset import Data
-from lib.errors import CompanionError
-from lib.evaluate import PROTOCOLS, Protocol, cross_architecture, evaluate, full_data_accuracy, protocol, run
-from lib.evaluate.run import accuracy, is_balanced, network_seed
+from lib.evaluate import (
+    PROTOCOLS,
+    Protocol,
+    cross_architecture,
+    evaluate,
+    full_data_accuracy,
+    networks,
+    protocol,
+)
+from lib.evaluate.networks import accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError
 from lib.train import predict
 
 QUICK = Protocol("quick", network="convnet-d2-w8", epochs=20, lr=0.05, schedule="dc", networks=3)
@@ -56,8 +64,8 @@ def test_a_set_alone_equals_the_same_set_among_others(toy, options, monkeypatch)
     together = evaluate(sets, toy, how)
     assert torch.equal(evaluate(sets[:1], toy, how).accuracy, together.accuracy[:1])
     assert torch.equal(evaluate(sets, toy, how, networks=2).accuracy, together.accuracy[:, :2])
-    monkeypatch.setattr(run, "MAP_BYTES", 0)  # one network after the other
-    assert len(run._together(sets, 3, toy.test, how)) == 9
+    monkeypatch.setattr(networks, "MAP_BYTES", 0)  # one network after the other
+    assert len(networks._together(sets, 3, toy.test, how)) == 9
     assert torch.equal(evaluate(sets, toy, how).accuracy, together.accuracy)
 
 
@@ -74,7 +82,7 @@ def test_networks_of_a_set_are_trained_as_each_alone(toy):
     for j in range(3):
         g = torch.Generator().manual_seed(network_seed(2, 0, j))
         network = Ensemble.make(QUICK.network, toy.test, [g])
-        run.train(network, synset.images[None], synset.targets[None], [g], QUICK, toy.test)
+        accuracy.train(network, synset.images[None], synset.targets[None], [g], QUICK, toy.test)
         right = predict(network, toy.test.images)[0].argmax(1) == toy.test.labels
         assert got[0, j] == right.double().mean()
 
@@ -184,7 +192,7 @@ def test_networks_see_only_the_test_half_at_the_end(toy):
 
 def test_cached_evaluations(toy, monkeypatch):
     first = evaluate(real(toy), toy, QUICK, cache=True)
-    monkeypatch.setattr(run, "_accuracies", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(networks, "_accuracies", lambda *_: pytest.fail("computed again"))
     found = evaluate(real(toy), toy, QUICK, cache=True)
     assert torch.equal(found.accuracy, first.accuracy) and found.seconds == first.seconds
     for other in (

@@ -12,8 +12,9 @@ from test_distill import interrupted, same
 
 from lib.data.whitening import ZCA, Standardise
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.formation import CYCLES, PLANES, ChannelMix, MultiFormation, Pixels, bounded, decode_by_class
+from lib.formation.mosaic import Mosaic
+from lib.formation.start import initial_codes
 from lib.methods import dc
 from lib.methods.datadam import DataDAM
 from lib.methods.dc import DC
@@ -21,9 +22,8 @@ from lib.methods.dm import DM
 from lib.methods.dsa import DSA
 from lib.methods.idc import IDC
 from lib.methods.m3d import M3D
-from lib.methods.pixels import initial_codes
-from lib.partition import Mosaic
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError
 
 SHIFTED = MultiFormation(2, shifts=(0, 1, 2))
 PADDED = MultiFormation(3, pad=True)

@@ -12,13 +12,14 @@ from helpers import generator, toy_data
 from torch import nn
 
 from lib.distill import distill
-from lib.errors import CompanionError
+from lib.formation.start import INITIAL
 from lib.kernels import ridge
-from lib.kernels.features import conjugate_kernel, conv_features
-from lib.kernels.lamb import Lamb
-from lib.methods import frepo, pixels
+from lib.kernels.feature_maps import conjugate_kernel, conv_features
+from lib.methods import frepo
 from lib.methods.frepo import FeatureNet, FRePo
 from lib.methods.rfad import RFAD
+from lib.optim.lamb import Lamb
+from lib.system.errors import CompanionError
 
 SMALL = FRePo(
     iterations=6,
@@ -308,7 +309,7 @@ def test_a_state_can_be_put_back_at_any_step(toy, at):
 @pytest.mark.parametrize("name", list(frepo.PRESETS))
 def test_presets(name):
     settings = frepo.PRESETS[name]
-    assert settings.total_steps(1) > 0 and settings.init in pixels.INITIAL
+    assert settings.total_steps(1) > 0 and settings.init in INITIAL
 
 
 def test_the_published_preset():

@@ -23,8 +23,9 @@ import torch
 from nbformat import writes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib.companion import gallery, plots, start
-from lib.companion.mathml import mathml
+from lib.companion import plots, start
+from workflow.pages import gallery
+from workflow.pages.mathml import mathml
 
 HOSTILE = "DM <script>alert('x')</script> & \"quotes\""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,13 +13,13 @@ from test_distill import interrupted, same
 from lib import augment, nets
 from lib.data.whitening import Standardise
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.formation import MultiFormation, Pixels
 from lib.match.gradient import DISTANCES, METRICS, class_gradients
 from lib.methods import idc
 from lib.methods.dsa import DSA
 from lib.methods.idc import IDC
-from lib.methods.pixels import sequential_rates
+from lib.optim.sequential import sequential_rates
+from lib.system.errors import CompanionError
 from lib.train import sgd_steps
 
 NET = "convnet-d2-w4"

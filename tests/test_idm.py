@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from helpers import generator
 from test_distill import interrupted, same
 
-from lib import nets, partition
+from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
-from lib.formation import decode_by_class
+from lib.formation import decode_by_class, mosaic
+from lib.formation.mosaic import Mosaic
+from lib.formation.start import initial_codes
 from lib.match import features
 from lib.methods import idm
 from lib.methods.dm import DM
 from lib.methods.idm import IDM
-from lib.methods.pixels import initial_codes
-from lib.partition import Mosaic
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 SMALL = IDM(iterations=7, lr=0.4, real_batch=8, network=NET, augmentation="none", queue=4, start=2, interval=2, fetch=2,
@@ -112,7 +112,7 @@ def slow_idm(method, train, ipc, seed, keep):
         member = slots[int(torch.randint(len(slots), (1,), generator=g))]
         real, leaf, loss = train.sample(method.real_batch, g), x.clone().requires_grad_(), 0
         for c in range(3):
-            syn = partition.expand(leaf[c], 2)
+            syn = mosaic.expand(leaf[c], 2)
             target = member.net.embed(real[c]).mean(0).detach()
             loss = loss + (target - member.net.embed(syn).mean(0)).square().sum()
             entropy = F.cross_entropy(member.net(syn), torch.full((len(syn),), c))
@@ -242,13 +242,13 @@ def test_expansion_of_all_classes_is_that_of_each(factor):
     images = torch.randn(3, 2, 1, 8, 8, generator=generator())
     got = decode_by_class(Mosaic(factor), images)
     assert got.shape == (3, 2 * factor**2, 1, 8, 8)
-    torch.testing.assert_close(got, torch.stack([partition.expand(part, factor) for part in images]))
+    torch.testing.assert_close(got, torch.stack([mosaic.expand(part, factor) for part in images]))
 
 
 def test_cells_are_averages_of_real_images(toy):
     start = initial_codes(Mosaic(2), toy.train, 2, "mix", generator(3)).unflatten(0, (3, 2))
     for c in range(3):
-        found = partition.cells(start[c]).flatten(0, 1).flatten(1)
+        found = mosaic.cells(start[c]).flatten(0, 1).flatten(1)
         real = F.avg_pool2d(toy.train.of_class(c), 2).flatten(1)
         assert ((found[:, None] - real).abs().amax(2) < 1e-5).sum() == 8
 

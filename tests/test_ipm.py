@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 from lib.companion.stored import plain, stored_sets
 from lib.data.whitening import ZCA
 from lib.distill import distill
+from lib.formation.mosaic import Mosaic
 from lib.match import features, ipm, mmd, transport
 from lib.methods.dm import DM
 from lib.methods.selection import RandomReal
-from lib.partition import Mosaic
 from lib.synset import SyntheticSet
 
 

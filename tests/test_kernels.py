@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lib.errors import CompanionError
-from lib.kernels import distill, ridge
-from lib.kernels.adabelief import AdaBelief
+from lib.kernels import closed_form, ridge
 from lib.kernels.conv import box_filter, convolutional
 from lib.kernels.fc import arc_cosine, fully_connected
-from lib.kernels.features import (
+from lib.kernels.feature_maps import (
     Fourier,
     Identity,
     LeakyNet,
@@ -19,6 +17,8 @@ from lib.kernels.features import (
     conv_features,
     random_blocks,
 )
+from lib.optim.adabelief import AdaBelief
+from lib.system.errors import CompanionError
 
 
 def seeded(seed=0):
@@ -334,7 +334,7 @@ K, P, N = 3, 8, 40
 
 def teacher(lam=0.1):
     phi, y = randn(P, N), torch.nn.functional.one_hot(torch.arange(N) % K).T.double()
-    return phi, y, distill.ridge_path(phi, y)(lam)
+    return phi, y, closed_form.ridge_path(phi, y)(lam)
 
 
 @pytest.mark.parametrize("m", [K, 5, P, 12])
@@ -342,39 +342,39 @@ def teacher(lam=0.1):
 def test_distilled_set_has_the_teacher_as_its_solution(m, roots):
     _, _, w = teacher()
     y_s, z = randn(K, m, seed=3), randn(m, P, seed=4)
-    d = distill.admissible(y_s, w, z)
-    bound = distill.clipped(d, math.inf)
+    d = closed_form.admissible(y_s, w, z)
+    bound = closed_form.clipped(d, math.inf)
     lam = {"zero": 0.0, "bound": bound}.get(roots, 0.5 * bound)
     rank = min(m, P)
     signs = {"minus": -1.0, "mixed": (-1.0) ** torch.arange(rank).double()}.get(roots, 1.0)
-    phi_s = distill.solve_features(d, lam, signs)
+    phi_s = closed_form.solve_features(d, lam, signs)
     assert phi_s.shape == (P, m)
-    close(distill.student(phi_s, y_s, lam), w, 1e-9)
+    close(closed_form.student(phi_s, y_s, lam), w, 1e-9)
     test = randn(P, 100, seed=5)
-    assert torch.equal((distill.student(phi_s, y_s, lam) @ test).argmax(0), (w @ test).argmax(0))
+    assert torch.equal((closed_form.student(phi_s, y_s, lam) @ test).argmax(0), (w @ test).argmax(0))
 
 
 def test_too_few_points_and_too_large_a_ridge_are_refused():
     _, _, w = teacher()
     with pytest.raises(CompanionError, match="labels of rank 2 for 3 classes"):
-        distill.admissible(randn(K, 2), w, randn(2, P))
-    d = distill.admissible(distill.cyclic_labels(K, 2), w, randn(6, P))
-    bound = distill.clipped(d, math.inf)
-    assert distill.clipped(d, 1e9) == bound and distill.clipped(d, bound / 2) == bound / 2
+        closed_form.admissible(randn(K, 2), w, randn(2, P))
+    d = closed_form.admissible(closed_form.cyclic_labels(K, 2), w, randn(6, P))
+    bound = closed_form.clipped(d, math.inf)
+    assert closed_form.clipped(d, 1e9) == bound and closed_form.clipped(d, bound / 2) == bound / 2
     with pytest.raises(CompanionError, match="no real features"):
-        distill.solve_features(d, 1.01 * bound)
+        closed_form.solve_features(d, 1.01 * bound)
     with pytest.raises(CompanionError, match="lambda_S -1"):
-        distill.solve_features(d, -1)
+        closed_form.solve_features(d, -1)
 
 
 @pytest.mark.parametrize("n", [5, N])
 def test_ridge_path_equals_one_solve_per_lambda(n):
     phi, y, _ = teacher()
-    path = distill.ridge_path(phi[:, :n], y[:, :n])
+    path = closed_form.ridge_path(phi[:, :n], y[:, :n])
     for lam in (1e-3, 1.0, 1e3):
         direct = y[:, :n] @ phi[:, :n].T @ torch.linalg.inv(phi[:, :n] @ phi[:, :n].T + lam * torch.eye(P))
         close(path(lam), direct, 1e-10)
-        close(distill.student(phi[:, :n], y[:, :n], lam), direct, 1e-10)
+        close(closed_form.student(phi[:, :n], y[:, :n], lam), direct, 1e-10)
     with pytest.raises(CompanionError, match="lambda 0"):
         path(0)
 
@@ -384,28 +384,28 @@ def test_regularised_features_and_pinv_are_inverse_to_each_other(lam):
     for shape in ((P, 5), (5, P)):
         phi = randn(*shape)
         close(
-            torch.linalg.pinv(distill.regularised_features(phi, lam)),
-            distill.regularised_pinv(phi, lam),
+            torch.linalg.pinv(closed_form.regularised_features(phi, lam)),
+            closed_form.regularised_pinv(phi, lam),
             1e-10,
         )
 
 
 def test_whole_training_set_is_its_own_distillation():
     phi, y, w = teacher(0.2)
-    d = distill.admissible(y, w, distill.nearest(y, w, phi, 0.2))
-    close(d, distill.regularised_pinv(phi, 0.2), 1e-10)
+    d = closed_form.admissible(y, w, closed_form.nearest(y, w, phi, 0.2))
+    close(d, closed_form.regularised_pinv(phi, 0.2), 1e-10)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.2])
 def test_real_mode_takes_the_nearest_admissible_set(lam):
     _, _, w = teacher()
     real, y_s = randn(P, 6, seed=6), randn(K, 6, seed=7)
-    target = distill.regularised_pinv(real, lam)
+    target = closed_form.regularised_pinv(real, lam)
 
     def distance(z):
-        return float((distill.admissible(y_s, w, z) - target).norm())
+        return float((closed_form.admissible(y_s, w, z) - target).norm())
 
-    best = distill.nearest(y_s, w, real, lam)
+    best = closed_form.nearest(y_s, w, real, lam)
     assert all(distance(best + 0.1 * randn(6, P, seed=s)) > distance(best) for s in range(5))
 
 
@@ -413,28 +413,28 @@ def test_labels_alone_need_as_many_points_as_features():
     _, _, w = teacher()
     for m, exact in ((P - 1, False), (P, True)):
         real = randn(P, m, seed=8)
-        error = (distill.student(real, distill.labels_for(real, w, 0.3), 0.3) - w).norm() / w.norm()
+        error = (closed_form.student(real, closed_form.labels_for(real, w, 0.3), 0.3) - w).norm() / w.norm()
         assert (error < 1e-10) == exact
 
 
 def test_a_rotated_pixel_basis_rotates_the_images():
     phi, y, w = teacher()
     q = torch.linalg.qr(randn(P, P, seed=9)).Q
-    y_s = distill.cyclic_labels(K, 1)
-    images = distill.solve_features(distill.admissible(y_s, w, randn(K, P)))
-    turned = distill.ridge_path(q @ phi, y)(0.1)
-    close(distill.solve_features(distill.admissible(y_s, turned, randn(K, P))), q @ images, 1e-9)
+    y_s = closed_form.cyclic_labels(K, 1)
+    images = closed_form.solve_features(closed_form.admissible(y_s, w, randn(K, P)))
+    turned = closed_form.ridge_path(q @ phi, y)(0.1)
+    close(closed_form.solve_features(closed_form.admissible(y_s, turned, randn(K, P))), q @ images, 1e-9)
 
 
 @pytest.mark.parametrize("ipc", [1, 3])
 def test_images_pulled_back_through_a_map_keep_the_teacher(ipc):
     x, y = randn(P, N), torch.nn.functional.one_hot(torch.arange(N) % K).T.double()
     for phi in (Identity(), LeakyNet.draw((P, P), seeded()), Fourier.draw(P, P, seeded())):
-        w = distill.ridge_path(phi(x), y)(0.1)
-        y_s = distill.cyclic_labels(K, ipc)
-        d = distill.admissible(y_s, w, distill.noise(y_s, w, seeded(2)))
-        images = phi.inverse(distill.solve_features(d))
-        got = distill.student(phi(images), y_s)
+        w = closed_form.ridge_path(phi(x), y)(0.1)
+        y_s = closed_form.cyclic_labels(K, ipc)
+        d = closed_form.admissible(y_s, w, closed_form.noise(y_s, w, seeded(2)))
+        images = phi.inverse(closed_form.solve_features(d))
+        got = closed_form.student(phi(images), y_s)
         assert torch.equal((got @ phi(x)).argmax(0), (w @ phi(x)).argmax(0))
         assert torch.nn.functional.cosine_similarity(got.flatten(), w.flatten(), 0) > 1 - 1e-9
 
@@ -444,7 +444,7 @@ def test_kip_labels_equal_the_pseudo_inverse_on_all_data():
     phi_s = randn(P, 6, seed=3).requires_grad_()
     m = torch.linalg.inv(phi_s.T @ phi_s + 0.01 * torch.eye(6)) @ phi_s.T
     want = y @ torch.linalg.pinv(m @ phi)
-    got, student = distill.kip_labels(phi_s, phi @ phi.T, phi @ y.T, 0.01)
+    got, student = closed_form.kip_labels(phi_s, phi @ phi.T, phi @ y.T, 0.01)
     close(got, want, 1e-9)
     close(student, want @ m, 1e-9)
     slow, fast = (
@@ -455,13 +455,13 @@ def test_kip_labels_equal_the_pseudo_inverse_on_all_data():
 
 def test_privacy_noise_scales_as_stated_and_needs_spare_points():
     _, y, _ = teacher()
-    y_s = distill.cyclic_labels(K, 2)
-    printed = distill.privacy_noise(y_s, y, 1.0, 0.5, 1.0, 1e-5, standard=False)
+    y_s = closed_form.cyclic_labels(K, 2)
+    printed = closed_form.privacy_noise(y_s, y, 1.0, 0.5, 1.0, 1e-5, standard=False)
     # every row: |Y_S^+ Y| = sqrt(14) / 2 at most (14 images of a class), |I - Y_S^+ Y_S| = 1 / sqrt(2)
     assert math.isclose(printed, 2 * math.sqrt(math.log(1.25e5)) * math.sqrt(14) / 2 * math.sqrt(2) / 0.25)
-    assert math.isclose(distill.privacy_noise(y_s, y, 1.0, 0.5, 1.0, 1e-5), math.sqrt(2) * printed)
+    assert math.isclose(closed_form.privacy_noise(y_s, y, 1.0, 0.5, 1.0, 1e-5), math.sqrt(2) * printed)
     with pytest.raises(CompanionError, match="no room for noise"):
-        distill.privacy_noise(distill.cyclic_labels(K, 1), y, 1.0, 0.5, 1.0, 1e-5)
+        closed_form.privacy_noise(closed_form.cyclic_labels(K, 1), y, 1.0, 0.5, 1.0, 1e-5)
 
 
 def test_adabelief_steps_by_the_learning_rate_under_a_large_first_gradient():

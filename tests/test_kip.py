@@ -10,17 +10,17 @@ import torch
 from helpers import generator
 from torch.autograd import gradcheck
 
+from lib.analysis.spectrum import intrinsic_dimension, spectral_bands
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.evaluate.kernel import kernel_accuracy
 from lib.evaluate.regression import regression_targets
-from lib.evaluate.spectrum import intrinsic_dimension, spectral_bands
 from lib.kernels import ridge
 from lib.kernels.conv import convolutional
 from lib.kernels.fc import fully_connected
-from lib.kernels.features import conjugate_kernel, conv_features, random_blocks
+from lib.kernels.feature_maps import conjugate_kernel, conv_features, random_blocks
 from lib.methods import kip, method
 from lib.methods.kip import KIP, ConvKIP
+from lib.system.errors import CompanionError
 
 SMALL = KIP(iterations=4, target_batch=30)
 CONV = ConvKIP(iterations=2, target_batch=9, nets=("cpf",), augmentation="none", learn_labels=False)

@@ -14,15 +14,15 @@ from lib import data
 from lib.companion.published import quoted
 from lib.distill import distill as distil
 from lib.distill import pack, unpack
-from lib.errors import CompanionError
 from lib.evaluate import evaluate, protocol
 from lib.evaluate.kernel import kernel_accuracy, predictor_accuracy
-from lib.kernels import distill as closed
-from lib.kernels.features import LeakyNet
+from lib.kernels import closed_form
+from lib.kernels.feature_maps import LeakyNet
 from lib.kernels.ridge import centred_one_hot
 from lib.methods import krr
 from lib.methods.krr import KRR, MAPS, columns, predictor, solution
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError
 
 K, P, D, N = 3, 9, 6, 40
 
@@ -105,7 +105,7 @@ def test_a_ridge_above_its_bound_is_clipped_and_said(digits, lam_factor):
         assert note == f"lambda_S 1e+04 clipped to {bound:.4g} = 1 / (4 s_1^2)"
         assert float(found.history["lambda_s asked"]) == 1e4
         images = columns(found.synset.images)
-        d = closed.regularised_pinv(
+        d = closed_form.regularised_pinv(
             images, bound
         )  # D of the finished images: its largest value is at the bound
         assert math.isclose(4 * bound * float(torch.linalg.matrix_norm(d, 2)) ** 2, 1, rel_tol=1e-6)
@@ -220,7 +220,7 @@ def test_fewer_images_than_classes_and_labels_of_too_low_rank_are_refused(digits
     with pytest.raises(
         CompanionError, match="labels of rank 1 for 3 classes; allowed: rank 3, with 3 points or more"
     ):
-        closed.admissible(repeated, randn(K, P), randn(5, P))
+        closed_form.admissible(repeated, randn(K, P), randn(5, P))
 
 
 # -- theory -------------------------------------------------------------------------------------------------------------
@@ -232,24 +232,32 @@ def test_fewer_points_than_classes_cannot_beat_the_rank_bound(m):
     s = torch.linalg.svdvals(w)
     bound = float(s[m:].norm() / s.norm())
     for seed in range(5):
-        w_s = closed.student(randn(P, m, seed=seed), randn(K, m, seed=seed + 9))
+        w_s = closed_form.student(randn(P, m, seed=seed), randn(K, m, seed=seed + 9))
         assert gap(w_s, w) >= bound - 1e-12 > 0.1
 
 
 def test_a_small_root_keeps_its_digits():
     w = randn(K, P)
-    d = closed.admissible(closed.cyclic_labels(K, 1), w, randn(K, P))
-    lam = 1e-13 * closed.clipped(d, math.inf)  # 1 - sqrt(1 - 1e-13) would keep three digits
-    assert gap(closed.student(closed.solve_features(d, lam, -1.0), closed.cyclic_labels(K, 1), lam), w) < 1e-9
+    d = closed_form.admissible(closed_form.cyclic_labels(K, 1), w, randn(K, P))
+    lam = 1e-13 * closed_form.clipped(d, math.inf)  # 1 - sqrt(1 - 1e-13) would keep three digits
+    assert (
+        gap(
+            closed_form.student(
+                closed_form.solve_features(d, lam, -1.0), closed_form.cyclic_labels(K, 1), lam
+            ),
+            w,
+        )
+        < 1e-9
+    )
 
 
 def test_the_loss_of_kip_is_zero_where_data_is_fewer_than_features():
     """Theorem 6.1: full-rank features of n <= p images and lambda = 0."""
     phi, y = randn(P, 7), one_hot(7)
-    w = closed.student(phi, y)
-    y_s = closed.cyclic_labels(K, 2)
-    phi_s = closed.solve_features(closed.admissible(y_s, w, closed.noise(y_s, w, seeded())))
-    assert (closed.student(phi_s, y_s) @ phi - y).abs().max() < 1e-10
+    w = closed_form.student(phi, y)
+    y_s = closed_form.cyclic_labels(K, 2)
+    phi_s = closed_form.solve_features(closed_form.admissible(y_s, w, closed_form.noise(y_s, w, seeded())))
+    assert (closed_form.student(phi_s, y_s) @ phi - y).abs().max() < 1e-10
 
 
 def test_features_without_a_pseudo_inverse_of_d():
@@ -257,7 +265,7 @@ def test_features_without_a_pseudo_inverse_of_d():
     w, y_s, pinv = randn(K, P), randn(K, 5, seed=1), torch.linalg.pinv
     z = randn(P, 5, seed=2)
     phi_s = pinv(w) @ y_s + (torch.eye(P) - pinv(w) @ w) @ z @ (torch.eye(5) - pinv(y_s) @ y_s)
-    assert gap(closed.student(phi_s, y_s), w) < 1e-10
+    assert gap(closed_form.student(phi_s, y_s), w) < 1e-10
 
 
 def wide():
@@ -267,55 +275,55 @@ def wide():
 
 def test_widening_linear_net_is_matched_by_one_point_per_class_for_a_trained_teacher():
     weights, product = wide()
-    w = closed.ridge_path(product @ randn(D, N), one_hot())(0.1)
-    y_s = closed.cyclic_labels(K, 1)
-    x_s, _ = closed.deep_linear(weights, w, y_s)
-    assert x_s.shape == (D, K) and gap(closed.student(product @ x_s, y_s), w) < 1e-10
+    w = closed_form.ridge_path(product @ randn(D, N), one_hot())(0.1)
+    y_s = closed_form.cyclic_labels(K, 1)
+    x_s, _ = closed_form.deep_linear(weights, w, y_s)
+    assert x_s.shape == (D, K) and gap(closed_form.student(product @ x_s, y_s), w) < 1e-10
 
 
 @pytest.mark.parametrize("ipc", [1, 2, 4])
 def test_no_number_of_points_reaches_weights_outside_the_range(ipc):
     weights, product = wide()
-    w, y_s = randn(K, P, seed=5), closed.cyclic_labels(K, ipc)
-    x_s, rank = closed.deep_linear(weights, w, y_s, randn(P, K * ipc, seed=6))
+    w, y_s = randn(K, P, seed=5), closed_form.cyclic_labels(K, ipc)
+    x_s, rank = closed_form.deep_linear(weights, w, y_s, randn(P, K * ipc, seed=6))
     outside = w - w @ product @ torch.linalg.pinv(product)
-    assert gap(closed.student(product @ x_s, y_s), w) >= float(outside.norm() / w.norm()) - 1e-9 > 0.1
+    assert gap(closed_form.student(product @ x_s, y_s), w) >= float(outside.norm() / w.norm()) - 1e-9 > 0.1
     assert rank == (P if ipc == 1 else D)  # theorem 5.3 assumes P, which d < p rules out
 
 
 def test_recipe_of_the_widening_linear_net_is_exact_where_nothing_widens():
     weights = LeakyNet.draw((P, P, P), seeded(3)).weights
-    product, w, y_s = weights[1] @ weights[0], randn(K, P, seed=5), closed.cyclic_labels(K, 3)
-    x_s, rank = closed.deep_linear(weights, w, y_s, randn(P, 3 * K, seed=6))
-    assert rank == P and gap(closed.student(product @ x_s, y_s), w) < 1e-9
+    product, w, y_s = weights[1] @ weights[0], randn(K, P, seed=5), closed_form.cyclic_labels(K, 3)
+    x_s, rank = closed_form.deep_linear(weights, w, y_s, randn(P, 3 * K, seed=6))
+    assert rank == P and gap(closed_form.student(product @ x_s, y_s), w) < 1e-9
     with pytest.raises(CompanionError, match="labels of rank 2 for 3 classes"):
-        closed.deep_linear(weights, w, randn(K, 2), None)
+        closed_form.deep_linear(weights, w, randn(K, 2), None)
 
 
 @pytest.mark.parametrize("m", [P - 1, P])
 def test_widening_leaky_net_is_exact_once_labels_are_solved_for_p_points(m):
     net = LeakyNet.draw((D, P, P), seeded(3))
-    w, y_s = closed.ridge_path(net(randn(D, N)), one_hot())(0.1), randn(K, m, seed=1)
-    target = closed.solve_features(closed.admissible(y_s, w, randn(m, P, seed=2)))
+    w, y_s = closed_form.ridge_path(net(randn(D, N)), one_hot())(0.1), randn(K, m, seed=1)
+    target = closed_form.solve_features(closed_form.admissible(y_s, w, randn(m, P, seed=2)))
     with pytest.raises(CompanionError, match="cannot be inverted"):
         net.inverse(target)
     x_s = net.inverse(target, exact=False)
     assert gap(net(x_s), target) > 1e-2
-    solved = gap(closed.student(net(x_s), closed.labels_for(net(x_s), w)), w)
+    solved = gap(closed_form.student(net(x_s), closed_form.labels_for(net(x_s), w)), w)
     assert (solved < 1e-9) == (m >= P)
 
 
 def test_no_row_moves_further_than_the_privacy_bound_allows():
     """Theorem 6.2: |[Y_S^+ (W - W')]_i| <= 2 B |[Y_S^+]_i Y| / s_0^2 for one image replaced."""
-    x, y, y_s = randn(P, N), one_hot(), closed.cyclic_labels(K, 2)
-    pinv, w = torch.linalg.pinv(y_s), closed.student(x, y)
+    x, y, y_s = randn(P, N), one_hot(), closed_form.cyclic_labels(K, 2)
+    pinv, w = torch.linalg.pinv(y_s), closed_form.student(x, y)
     length = float(x.norm(dim=0).max())
     for j in range(10):
         other = x.clone()
         other[:, j] = x[:, -1 - j]
         smallest = min(float(torch.linalg.svdvals(v)[-1]) for v in (x, other))
         allowed = 2 * length * (pinv @ y).norm(dim=1) / smallest**2
-        assert bool(((pinv @ (w - closed.student(other, y))).norm(dim=1) <= allowed).all())
+        assert bool(((pinv @ (w - closed_form.student(other, y))).norm(dim=1) <= allowed).all())
 
 
 def test_published_numbers_of_tables_3_and_4_are_quoted():

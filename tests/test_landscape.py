@@ -11,8 +11,8 @@ from helpers import generator, toy_data
 from torch import nn
 
 from lib import nets
-from lib.errors import CompanionError
-from lib.evaluate import landscape
+from lib.analysis import landscape
+from lib.system.errors import CompanionError
 
 
 def small(seed: int = 0, count: int = 20):

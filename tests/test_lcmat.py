@@ -12,7 +12,6 @@ from torch import nn
 
 from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.match import curvature
 from lib.methods import coreset, lcmat
 from lib.methods.coreset import RULES, Coreset
@@ -21,8 +20,9 @@ from lib.methods.lcmat import LCMatC, LCMatS
 from lib.nets.ensemble import Ensemble
 from lib.select import greedy, proxy, scores, similarity, submodular
 from lib.select.last_layer import LastLayer
-from lib.select.lcmat import curvature_coordinates, full_hessian, pair_cost, top_eigenvalue
+from lib.select.pair_cost import curvature_coordinates, full_hessian, pair_cost, top_eigenvalue
 from lib.select.proxy import Proxy, last_layer, load_network, save_network, train_proxy
+from lib.system.errors import CompanionError
 from lib.train import predict
 
 SMALL = Proxy(network="mlp", epochs=3, lr=0.02, batch=16)

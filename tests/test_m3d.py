@@ -9,16 +9,17 @@ import torch
 from helpers import generator, toy_data
 from test_distill import interrupted, same
 
-from lib import nets, partition
+from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
-from lib.formation import Pixels
+from lib.formation import Pixels, mosaic
+from lib.formation.mosaic import Mosaic
+from lib.formation.start import initial_codes
 from lib.match import mmd
 from lib.methods import m3d
 from lib.methods.dm import DM
 from lib.methods.m3d import M3D
-from lib.methods.pixels import initial_codes, sequential_rates
-from lib.partition import Mosaic
+from lib.optim.sequential import sequential_rates
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 OFF = {"factor": 1, "ipm": 1, "space": "normalised", "sequential": False, "mode": "single", "lr": 1.0}
@@ -181,7 +182,7 @@ def test_mosaics_of_real_images(toy):
     """Every cell is a real image of the class, every second pixel of it; the images of a class differ."""
     start = initial_codes(Mosaic(2), toy.train, 2, "mix", generator(3), mode="nearest").unflatten(0, (3, 2))
     for c in range(3):
-        found = partition.cells(start[c]).flatten(0, 1).flatten(1)
+        found = mosaic.cells(start[c]).flatten(0, 1).flatten(1)
         real = toy.train.of_class(c)[:, :, ::2, ::2].flatten(1)
         match = (found[:, None] == real).all(2)
         assert (match.sum(1) == 1).all() and match.any(0).sum() == 8
@@ -193,7 +194,7 @@ def test_mosaics_of_real_images(toy):
 
 def test_more_cells_than_images_of_a_class(toy):
     """20 images per class, 4 x 12 cells: those of one cell still differ."""
-    cells = partition.cells(
+    cells = mosaic.cells(
         initial_codes(Mosaic(2), toy.train, 12, "mix", generator(3), mode="nearest")
     ).unflatten(1, (3, 12))
     assert all(len(cells[k, c].flatten(1).unique(dim=0)) == 12 for k in range(4) for c in range(3))
@@ -202,13 +203,13 @@ def test_more_cells_than_images_of_a_class(toy):
 def test_a_stored_image_is_four_training_images(toy):
     synset = distill(replace(SMALL, factor=2), toy.train, 2, 5).synset
     assert synset.codes.shape == (6, 1, 8, 8) and synset.images.shape == (24, 1, 8, 8) and synset.ipc == 2
-    by_class = [partition.expand(synset.codes[2 * c : 2 * c + 2]) for c in range(3)]
+    by_class = [mosaic.expand(synset.codes[2 * c : 2 * c + 2]) for c in range(3)]
     for c in range(3):
         assert torch.equal(synset.images[synset.targets == c], by_class[c])
     state = M3D(factor=2, network=NET).begin(toy.train, 2, generator(5))
     decoded = M3D(factor=2, network=NET, space="normalised").images(state, generator())
     stored = state.pixels.detach().unflatten(0, (3, 2))
-    torch.testing.assert_close(decoded.detach(), torch.stack([partition.expand(part) for part in stored]))
+    torch.testing.assert_close(decoded.detach(), torch.stack([mosaic.expand(part) for part in stored]))
 
 
 def test_subsample_of_the_decoded_images(toy):

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from helpers import generator
 
 from lib import nets
-from lib.errors import CompanionError
 from lib.match import features, gradient
 from lib.match.gradient import DISTANCES, EPS, class_gradients, matching_step, rowwise_cosine
 from lib.nets.ensemble import Ensemble
+from lib.system.errors import CompanionError
 
 LIKE = SimpleNamespace(channels=2, num_classes=3, size=8, first_padding=1, device=torch.device("cpu"))
 LABELS = torch.arange(3)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from helpers import generator
 
-from lib import partition
-from lib.errors import CompanionError
+from lib.formation import mosaic
 from lib.match import attention, features, mmd, style, transport
+from lib.system.errors import CompanionError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -247,28 +247,28 @@ def test_idm_weighs_the_cross_entropy_by_percent_accuracy():
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_partition_round_trip_order_and_constants(factor):
     images = randn(2, 3, 6, 12)
-    parts = partition.cells(images, factor)
+    parts = mosaic.cells(images, factor)
     assert parts.shape == (factor**2, 2, 3, 6 // factor, 12 // factor)
-    assert torch.equal(partition.compose(parts), images)
+    assert torch.equal(mosaic.compose(parts), images)
     if factor == 2:  # top left, bottom left, top right, bottom right
         assert torch.equal(parts[1], images[..., 3:, :6]) and torch.equal(parts[2], images[..., :3, 6:])
     values = torch.arange(2.0 * factor**2).view(factor**2, 2, 1, 1, 1)
-    flat = partition.compose(values.expand(-1, -1, 3, 4, 4).contiguous())
-    grown = partition.expand(flat, factor)
+    flat = mosaic.compose(values.expand(-1, -1, 3, 4, 4).contiguous())
+    grown = mosaic.expand(flat, factor)
     assert grown.shape == (2 * factor**2, 3, 4 * factor, 4 * factor)
     torch.testing.assert_close(grown, values.view(-1, 1, 1, 1).expand_as(grown))  # cell by cell
-    labels = partition.expand_labels(torch.tensor([4, 7]), factor)
+    labels = mosaic.expand_labels(torch.tensor([4, 7]), factor)
     assert labels.tolist() == [4, 7] * factor**2
 
 
 def test_partition_halves_by_averaging_and_refuses_odd_sizes():
     images = randn(4, 2, 3, 8, 8)
-    torch.testing.assert_close(partition.shrink(images[0]), F.avg_pool2d(images[0], 2), **EXACT)
-    assert torch.equal(partition.cells(partition.mosaics(images))[3], partition.shrink(images[3]))
+    torch.testing.assert_close(mosaic.shrink(images[0]), F.avg_pool2d(images[0], 2), **EXACT)
+    assert torch.equal(mosaic.cells(mosaic.mosaics(images))[3], mosaic.shrink(images[3]))
     with pytest.raises(CompanionError, match="factor 3 for 8x8 images: allowed 1, 2, 4, 8"):
-        partition.cells(images[0], 3)
+        mosaic.cells(images[0], 3)
     with pytest.raises(CompanionError, match="5 cells"):
-        partition.compose(randn(5, 1, 1, 2, 2))
+        mosaic.compose(randn(5, 1, 1, 2, 2))
 
 
 # ---------------------------------------------------------------- DataDAM

@@ -11,13 +11,14 @@ from helpers import generator, toy_data
 
 from lib import augment, nets
 from lib.distill import distill
-from lib.errors import CompanionError
+from lib.formation.start import INITIAL, initial_pixels
 from lib.match.gradient import EPS
-from lib.methods import dc, dm, dsa, pixels
+from lib.methods import dc, dm, dsa
 from lib.methods.dc import DC
 from lib.methods.dm import DM
 from lib.methods.dsa import DSA
 from lib.methods.selection import Herding, KCenter, RandomReal
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 DM_SMALL = DM(iterations=5, real_batch=8, network=NET)
@@ -66,7 +67,7 @@ def slow_dm(train, ipc, seed, steps, names, lr, real_batch):
 def test_dm_equals_a_loop_over_classes(toy, augmentation):
     method = replace(DM_SMALL, augmentation=augmentation)
     got = distill(method, toy.train, 2, 5)
-    names = pixels.families(augmentation, toy.train)
+    names = augment.families(augmentation, toy.train)
     codes, losses = slow_dm(toy.train, 2, 5, 5, names, 1.0, 8)
     torch.testing.assert_close(got.history["loss"], losses, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got.synset.codes, codes, rtol=1e-4, atol=1e-5)
@@ -296,14 +297,14 @@ def test_dc_freezes_batch_norm_on_both_sides(toy, monkeypatch):
 
 
 def test_initial_pixels(toy):
-    start = pixels.initial_pixels(toy.train, 4, "real", generator(1)).view(3, 4, -1)
+    start = initial_pixels(toy.train, 4, "real", generator(1)).view(3, 4, -1)
     for c in range(3):
         rows = toy.train.of_class(c).flatten(1)
         found = (start[c][:, None] == rows[None]).all(2)
         assert found.sum() == 4 and found.any(0).sum() == 4  # four different real images of the class
-    noise = pixels.initial_pixels(toy.train, 20, "noise", generator(1))
+    noise = initial_pixels(toy.train, 20, "noise", generator(1))
     assert noise.shape == (60, 1, 8, 8) and abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.05
-    assert not torch.equal(noise, pixels.initial_pixels(toy.train, 20, "noise", generator(2)))
+    assert not torch.equal(noise, initial_pixels(toy.train, 20, "noise", generator(2)))
 
 
 @pytest.mark.parametrize("method", [DM_SMALL, DC_SMALL, RandomReal()], ids=lambda m: type(m).__name__)
@@ -356,7 +357,7 @@ def test_paper_presets_are_the_cards():
 def test_every_preset_is_valid(table):
     for settings in table.values():
         nets.parse(settings.network)
-        assert settings.total_steps(1) > 0 and settings.init in pixels.INITIAL
+        assert settings.total_steps(1) > 0 and settings.init in INITIAL
         if settings.augmentation != "data":
             augment.strategy(settings.augmentation)
 

@@ -7,9 +7,9 @@ import pytest
 from lib import data, methods, nets
 from lib.companion.profiles import profile_named
 from lib.companion.published import published, quoted
-from lib.errors import CompanionError
 from lib.evaluate import protocol
 from lib.methods import dm
+from lib.system.errors import CompanionError
 
 
 @pytest.mark.parametrize(

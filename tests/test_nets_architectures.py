@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib import nets
-from lib.errors import CompanionError
 from lib.nets.alexnet import AlexNet
 from lib.nets.layers import ACTIVATIONS, NORMS, activation, max_pool, norm_layer, resolve_padding
 from lib.nets.lenet import LeNet
@@ -16,6 +15,7 @@ from lib.nets.mlp import MLP
 from lib.nets.resnet import ResNet18, ResNet18AP
 from lib.nets.vgg import VGG11
 from lib.nets.vit import TransformerBlock, ViT
+from lib.system.errors import CompanionError
 
 ARCHITECTURES = [MLP, LeNet, AlexNet, VGG11, ResNet18, ResNet18AP, ViT]
 # a small ViT where only the shape of the computation matters

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib.companion.normalise import BYTES, normalised
-from lib.files import ROOT
+from lib.system.files import ROOT
+from workflow.pages.normalise import BYTES, normalised
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TABLE = ROOT / "workflow" / "notebooks.yaml"
@@ -42,7 +42,7 @@ def complaints(name: str, text: str) -> list[str]:
         and all(cell.execution_count for cell in code),
         "no output is an error": all(output.output_type != "error" for output in outputs),
         "nothing on stderr": all(output.get("name") != "stderr" for output in outputs),
-        "in normal form (python -m lib.companion.normalise)": normalised(text) == text,
+        "in normal form (python -m workflow.pages.normalise)": normalised(text) == text,
     }
     return [rule for rule, kept in rules.items() if not kept] + _parameter_complaints(code)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import generator
 
-from lib.errors import CompanionError
+from lib.evaluate.networks import network_seed
 from lib.evaluate.regression import (
     SMALL,
     TUNED,
@@ -19,9 +19,9 @@ from lib.evaluate.regression import (
     regression_targets,
     train_regression,
 )
-from lib.evaluate.run import network_seed
 from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w8-none"
 QUICK = Regression(network=NET, steps=15, lr=0.05, scale=3.0, weight_decay=0.01, networks=2)

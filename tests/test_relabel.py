@@ -8,12 +8,13 @@ import pytest
 import torch
 from helpers import generator, toy_data
 
-from lib import nets, views
-from lib.errors import CompanionError
+from lib import nets
+from lib.augment import views
 from lib.evaluate import relabel
 from lib.evaluate.relabel import FKD
 from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError
 
 QUICK = FKD(network="convnet-d2-w8", epochs=4, batch=5, lr=3e-3, crop=0.3, temperature=4.0, networks=2)
 
@@ -177,7 +178,7 @@ def test_training_is_adamw_on_the_divergence_with_decay_on_matrices_only(data):
 
 
 def test_evaluation_teaches_the_classes_and_is_cached(data, monkeypatch):
-    from lib.methods.teacher import Teacher, train_teacher
+    from lib.recover.teacher import Teacher, train_teacher
 
     teacher = train_teacher(
         Teacher("convnet-d2-w8-batch", epochs=8, lr=0.05, augmentation="none"), data.train

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from helpers import generator, toy_data
 
 from lib.distill import distill, pack, unpack
-from lib.errors import CompanionError
-from lib.kernels import ridge
-from lib.kernels.adabelief import AdaBelief
+from lib.formation.start import INITIAL
+from lib.kernels import feature_maps, ridge
 from lib.kernels.conv import convolutional
-from lib.kernels.features import conjugate_kernel, conv_features, random_blocks
-from lib.methods import pixels, rfad
+from lib.kernels.feature_maps import conjugate_kernel, conv_features, random_blocks
+from lib.methods import rfad
 from lib.methods.rfad import RFAD
+from lib.optim.adabelief import AdaBelief
+from lib.system.errors import CompanionError
 
 SMALL = RFAD(
     iterations=6,
@@ -102,12 +103,10 @@ def test_rfad_equals_a_loop_over_networks_and_images(toy, loss, learn_labels):
 
 
 def test_features_without_gradient_in_parts_equal_the_whole(monkeypatch):
-    from lib.kernels import features
-
     x, blocks = torch.randn(7, 2, 8, 8, generator=generator()), random_blocks(3, 2, generator(), 5)
     whole = conv_features(x, blocks)
     torch.testing.assert_close(whole, slow_features(x, blocks))
-    monkeypatch.setattr(features, "MAP_VALUES", 1)  # one image at a time
+    monkeypatch.setattr(feature_maps, "MAP_VALUES", 1)  # one image at a time
     with torch.no_grad():
         torch.testing.assert_close(conv_features(x, blocks), whole)
 
@@ -283,7 +282,7 @@ def test_resume_ends_with_the_same_bits(toy, tmp_path, method):
 @pytest.mark.parametrize("name", list(rfad.PRESETS))
 def test_presets(name):
     settings = rfad.PRESETS[name]
-    assert settings.total_steps(1) > 0 and settings.init in pixels.INITIAL and settings.loss in rfad.LOSSES
+    assert settings.total_steps(1) > 0 and settings.init in INITIAL and settings.loss in rfad.LOSSES
     assert settings.iterations % settings.validate_every == 0  # the last step is looked at
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 from workflow import pins, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -347,7 +347,7 @@ def test_two_runs_into_one_folder_do_not_meet(project):
 def test_a_failing_gallery_is_reported(project):
     (project / "lib/companion").mkdir()
     (project / "lib/companion/__init__.py").touch()
-    (project / "lib/companion/gallery.py").write_text("raise SystemExit(3)\n")
+    (project / "workflow/pages/gallery.py").write_text("raise SystemExit(3)\n")
     done = call(project)
     assert done.returncode == 1 and "FAILED  gallery; see results/logs/cpu/gallery.log" in done.stdout
 
@@ -355,7 +355,7 @@ def test_a_failing_gallery_is_reported(project):
 def test_refresh_writes_outputs_back(project):
     (project / "lib/companion").mkdir()
     (project / "lib/companion/__init__.py").touch()
-    shutil.copy2(ROOT / "lib/companion/normalise.py", project / "lib/companion")
+    shutil.copy2(ROOT / "workflow/pages/normalise.py", project / "lib/companion")
     done = call(project, "refresh")
     assert done.returncode == 0, done.stdout + done.stderr
     text = (project / "notebooks/10_one.ipynb").read_text()

@@ -10,16 +10,16 @@ from helpers import generator, toy_data
 from test_distill import interrupted, same
 
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.methods.datadam import DataDAM
 from lib.methods.dc import DC
 from lib.methods.dm import DM
 from lib.methods.dsa import DSA
 from lib.methods.idm import IDM
 from lib.methods.m3d import M3D
-from lib.sampler import RULES, Memory, RandomBatches, Representative
 from lib.select.greedy import herding
 from lib.select.kmeans import k_means, nearest, starting_points
+from lib.select.sampler import RULES, Memory, RandomBatches, Representative
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 SOME = {"real_batch": 8, "network": NET}

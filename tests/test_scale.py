@@ -21,9 +21,8 @@ from PIL import Image
 
 from lib.data.imageset import Data
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.evaluate.relabel import evaluate_by_distillation, soft_labels
-from lib.methods.teacher import make_teacher, save_teacher, train_teacher
+from lib.recover.teacher import make_teacher, save_teacher, train_teacher
 from lib.scale import sizes
 from lib.scale.__main__ import main, numbers
 from lib.scale.plan import Form, Plan, Run, _opened, keep, open_run, real
@@ -32,6 +31,7 @@ from lib.scale.squeeze import train_shared
 from lib.scale.stages import the_set
 from lib.scale.store import damage, discard_damaged, done, header, read, save
 from lib.scale.units import STAGES, check, method, needs, recipe, unit, units
+from lib.system.errors import CompanionError
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from helpers import generator
 from torch import Tensor
 
-from lib.errors import CompanionError
-from lib.select import gradmatch, lcmat, scores, similarity, submodular
+from lib.select import gradmatch, pair_cost, scores, similarity, submodular
 from lib.select.last_layer import LastLayer, batch_scale
+from lib.system.errors import CompanionError
 
 
 def samples(n: int = 30, classes: int = 4, width: int = 5, seed: int = 0, **options) -> LastLayer:
@@ -56,7 +56,9 @@ def test_gradients_and_hessian_diagonals_equal_autograd():
         last.diagonal_hessians(), hessians.diagonal(dim1=1, dim2=2), rtol=1e-10, atol=1e-12
     )
     want = torch.linalg.eigvalsh(hessians.mean(0))
-    torch.testing.assert_close(torch.linalg.eigvalsh(lcmat.full_hessian(last)), want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.linalg.eigvalsh(pair_cost.full_hessian(last)), want, rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, batch_scale(30, 8)])
@@ -72,9 +74,9 @@ def test_gram_identity_equals_the_gradients_written_out(scale):
     torch.testing.assert_close(last.project(direction), explicit @ direction)
     hessians = last.diagonal_hessians()
     order = hessians.var(0, correction=0).argsort(descending=True)[:7]
-    torch.testing.assert_close(lcmat.curvature_coordinates(last, 7), order)
-    torch.testing.assert_close(lcmat.diagonal_hessian_at(last, order), hessians[:, order])
-    variance = lcmat.gradient_variance(last)
+    torch.testing.assert_close(pair_cost.curvature_coordinates(last, 7), order)
+    torch.testing.assert_close(pair_cost.diagonal_hessian_at(last, order), hessians[:, order])
+    variance = pair_cost.gradient_variance(last)
     flat = torch.cat([variance[:, 0], variance[:, 1:].flatten()])
     torch.testing.assert_close(flat, explicit.var(0, correction=0))
 
@@ -222,7 +224,7 @@ def test_selections_follow_a_permutation_of_the_samples(seed):
         "lcmat": lambda s: (
             submodular.lazy(
                 submodular.FacilityLocation(
-                    similarity.flipped(lcmat.pair_cost(s, 0.5, lcmat.curvature_coordinates(s, 10)))
+                    similarity.flipped(pair_cost.pair_cost(s, 0.5, pair_cost.curvature_coordinates(s, 10)))
                 ),
                 2,
             ).order
@@ -254,14 +256,14 @@ def test_cluster_sizes_sum_to_n_and_are_aligned_with_the_order():
 def test_lcmat_cost_without_curvature_is_craigs_and_bounds_the_gaps():
     last = samples()
     everything = torch.arange(last.gradients().shape[1])
-    plain = lcmat.pair_cost(last, 0.0, everything)
+    plain = pair_cost.pair_cost(last, 0.0, everything)
     torch.testing.assert_close(plain.matrix(), similarity.euclidean(last.gram()).matrix())
     kernel = similarity.flipped(plain)
     order = submodular.lazy(submodular.FacilityLocation(kernel), 6).order
     weights = submodular.cluster_sizes(kernel, order)
     gap = (last.mean() - weights @ last[order].gradients() / len(last)).norm()
     assert gap <= plain.matrix()[:, order].amin(1).mean()
-    assert all(float(value) < 1e-14 for value in lcmat.gaps(last, last).values())
+    assert all(float(value) < 1e-14 for value in pair_cost.gaps(last, last).values())
 
 
 def test_matching_pursuit_agrees_with_dense_least_squares():

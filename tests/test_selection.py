@@ -9,10 +9,10 @@ import torch
 from helpers import generator
 
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.methods.selection import Herding, KCenter, RandomReal, embeddings
 from lib.select import proxy
 from lib.select.greedy import HERDING_RULES, herding, k_center
+from lib.system.errors import CompanionError
 
 
 def points(n=30, d=4, seed=0):

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from helpers import generator, toy_data
 
-from lib import nets, views
+from lib import nets
+from lib.augment import views
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.match import batchnorm
 from lib.match.batchnorm import Watch
-from lib.methods import recover
-from lib.methods import teacher as teachers
 from lib.methods.sre2l import PRESETS, SRe2L
-from lib.methods.teacher import Teacher
+from lib.recover import blocks as recover
+from lib.recover import teacher as teachers
+from lib.recover.teacher import Teacher
+from lib.system.errors import CompanionError
 
 QUICK = Teacher("convnet-d2-w4-batch", epochs=2, lr=0.05, batch=32, augmentation="none")
 SMALL = SRe2L(iterations=5, lr=0.1, crop=None, flip=False, roll=(-1, 1), storage="float", teacher=QUICK)

@@ -15,12 +15,12 @@ import torch
 from helpers import generator, toy_data
 
 from lib.data.whitening import ZCA, PerImageZCA, Standardise
-from lib.errors import CompanionError
 from lib.evaluate import evaluate, protocol
-from lib.export import eight_bit_loss, folder_names, to_bytes
 from lib.formation import Pixels
-from lib.partition import Mosaic, expand
+from lib.formation.mosaic import Mosaic, expand
 from lib.synset import SyntheticSet, check_ipc, class_major, read_safetensors
+from lib.synset.export import eight_bit_loss, folder_names, to_bytes
+from lib.system.errors import CompanionError
 
 CLASSES = ("cat", "dog", "owl")
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from helpers import generator
 
 from lib import augment
-from lib.errors import CompanionError
 from lib.nets.ensemble import Ensemble
+from lib.system.errors import CompanionError
 from lib.train import (
     EPOCHS_PER_DRAW,
     _Chance,

@@ -13,11 +13,11 @@ from scipy.optimize import linear_sum_assignment
 
 from lib import nets
 from lib.distill import distill, read_checkpoint
-from lib.errors import CompanionError
 from lib.match import features, mmd, transport
 from lib.methods import settings, wasserstein
 from lib.methods.dm import DM
 from lib.methods.wasserstein import DISTANCES, PRESETS, WassersteinDM, values
+from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 PLAIN = {"iterations": 5, "real_batch": 8, "network": NET}

@@ -10,15 +10,15 @@ from helpers import generator, toy_data
 
 from lib import nets
 from lib.distill import distill
-from lib.errors import CompanionError
 from lib.match import barycenter as ot
 from lib.match import batchnorm, mmd
 from lib.match.batchnorm import Watch
-from lib.methods import recover
-from lib.methods.recover import class_images
 from lib.methods.sre2l import SRe2L
-from lib.methods.teacher import Teacher
 from lib.methods.wmdd import PRESETS, WMDD
+from lib.recover import blocks as recover
+from lib.recover.blocks import class_images
+from lib.recover.teacher import Teacher
+from lib.system.errors import CompanionError
 
 QUICK = Teacher("convnet-d2-w4-batch", epochs=2, lr=0.05, batch=32, augmentation="none")
 SMALL = WMDD(iterations=6, lr=0.1, crop=None, flip=True, roll=(-1, 1), storage="float", teacher=QUICK)

@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.errors import CompanionError
-from lib.files import ROOT, write_text
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT, write_text
 from workflow.machine import gpus
 from workflow.state import EXECUTED, FAILED, fingerprint, folder, record_file, source
 from workflow.table import Request, Table, load, request_from

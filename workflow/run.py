@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.errors import CompanionError, unknown
-from lib.files import ROOT, write_text
+from lib.system.errors import CompanionError, unknown
+from lib.system.files import ROOT, write_text
 from workflow.machine import cores, memory_mb
 from workflow.state import plan, stale
 from workflow.summary import print_list, print_plan, print_summary, results_of
@@ -238,10 +238,10 @@ def alone(request: Request) -> Iterator[None]:
 def build_gallery(request: Request) -> int:
     """Tables and figures/index.html from whatever has run."""
     if not (ROOT / "lib" / "companion" / "gallery.py").is_file():
-        print("no gallery: lib/companion/gallery.py does not exist")
+        print("no gallery: workflow/pages/gallery.py does not exist")
         return 0
     log = ROOT / "results" / "logs" / request.run / "gallery.log"
-    done = call([sys.executable, "-m", "lib.companion.gallery"], log)
+    done = call([sys.executable, "-m", "workflow.pages.gallery"], log)
     if done:
         print(f"FAILED  gallery; see {log.relative_to(ROOT)}")
     return done
@@ -252,7 +252,7 @@ def refresh(executed: list[str]) -> int:
     if not executed:
         return 0
     return subprocess.run(
-        [sys.executable, "-m", "lib.companion.normalise", "--from", *executed], cwd=ROOT
+        [sys.executable, "-m", "workflow.pages.normalise", "--from", *executed], cwd=ROOT
     ).returncode
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(workflow.basedir).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 from lib.scale.plan import open_run
 from lib.scale.store import discard_damaged
 from lib.scale.units import STAGES, needs, unit

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from lib.sources import closure, notebook_code
+from lib.system.code import closure, notebook_code
 from workflow.table import Request, Table, parameters_for, parameters_of
 
 EXECUTED, FAILED = "executed.ipynb", "executed.failed.ipynb"

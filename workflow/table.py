@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.errors import CompanionError, unknown
+from lib.system.errors import CompanionError, unknown
 
 RESOURCES = ("cpus", "mem_mb", "runtime", "gpu")
 

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lib.analysis.spectrum import spectral_bands
 from lib.companion import tables
 from lib.companion.published import quoted
 from lib.companion.study import Case
 from lib.distill import Distilled
 from lib.evaluate.kernel import Kernel, kernel_accuracy
 from lib.evaluate.regression import regression_targets
-from lib.evaluate.spectrum import spectral_bands
 from lib.kernels import ridge
 
 

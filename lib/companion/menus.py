@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
 
-from lib.errors import unknown
+from lib.system.errors import unknown
 
 
 def choose(choice: MutableMapping[str, str], parts: Mapping[str, Iterable[str]], *, shown: bool) -> None:

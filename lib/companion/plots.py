@@ -1,4 +1,4 @@
-"""The figures of the notebooks: arrays in, a matplotlib figure out, one look for all (:mod:`lib.companion.style`).
+"""The figures of the notebooks: arrays in, a matplotlib figure out, one look for all (:mod:`lib.companion.theme`).
 
 Tensors are accepted wherever arrays are.
 """
@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lib.companion.style import FAINT, HATCHES, INK, MARKERS, PALETTE, ink_on
-from lib.errors import CompanionError, choose
+from lib.companion.theme import FAINT, HATCHES, INK, MARKERS, PALETTE, ink_on
+from lib.system.errors import CompanionError, choose
 
 ACCURACY = "test accuracy (%)"
 

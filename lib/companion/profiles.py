@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lib.errors import CompanionError, choose
+from lib.system.errors import CompanionError, choose
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.files import ROOT
-from lib.measure import process_peak
+from lib.system.files import ROOT
+from lib.system.measure import process_peak
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "scikit-image", "pandas", "matplotlib", "safetensors")
 # A run rewrites its own outputs, so these never count as a change of the code.

@@ -13,8 +13,8 @@ from torch import Tensor
 from lib.companion import tables
 from lib.companion.published import quoted
 from lib.evaluate.kernel import predictor_accuracy
-from lib.kernels import distill as closed
-from lib.kernels.features import LeakyNet
+from lib.kernels import closed_form
+from lib.kernels.feature_maps import LeakyNet
 from lib.methods import krr
 from lib.methods.krr import KRR, Teacher, columns
 
@@ -69,7 +69,7 @@ def kip(data, phi, ipc: int, steps: int, goal: float, generator: torch.Generator
     optimiser = torch.optim.Adam([x_s], lr=0.01)
     for step in range(steps):
         phi_s = phi(x_s)
-        _, w_s = closed.kip_labels(phi_s, gram, moment, 1e-6 * phi_s.square().sum() / phi_s.shape[1])
+        _, w_s = closed_form.kip_labels(phi_s, gram, moment, 1e-6 * phi_s.square().sum() / phi_s.shape[1])
         batch = torch.randperm(len(train), generator=generator, device=train.device)[:5000]
         loss = (w_s @ real[:, batch] - y[:, batch]).square().mean()
         optimiser.zero_grad()
@@ -136,24 +136,26 @@ def widening(x: Tensor, y: Tensor, spare: int, generator: torch.Generator) -> li
     product, net = functools.reduce(lambda a, b: b @ a, weights), LeakyNet(weights)
 
     def add(what: str, phi_s: Tensor, y_s: Tensor, w: Tensor, rank: str = "") -> None:
-        value = gap(closed.student(phi_s, y_s), w)
+        value = gap(closed_form.student(phi_s, y_s), w)
         rows.append({"map and weights": what, "points": y_s.shape[1], "rank of V22": rank, "gap": value})
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
 
-    for what, w in (("trained", closed.ridge_path(product @ x, y)(10.0)), ("random", normal(k, p))):
+    for what, w in (("trained", closed_form.ridge_path(product @ x, y)(10.0)), ("random", normal(k, p))):
         for ipc in (1, 2):
-            y_s = closed.cyclic_labels(k, ipc).to(x)
-            x_s, rank = closed.deep_linear(weights, w, y_s, normal(p, k * ipc))
+            y_s = closed_form.cyclic_labels(k, ipc).to(x)
+            x_s, rank = closed_form.deep_linear(weights, w, y_s, normal(p, k * ipc))
             add(f"deep linear, {what} W", product @ x_s, y_s, w, f"{rank} of {p}" if ipc > 1 else "")
-    w = closed.ridge_path(net(x), y)(10.0)
+    w = closed_form.ridge_path(net(x), y)(10.0)
     for ipc in (1, p // (2 * k), -(-p // k)):
-        y_s = closed.cyclic_labels(k, ipc).to(x)
-        target = closed.solve_features(closed.admissible(y_s, w, closed.noise(y_s, w, generator)))
+        y_s = closed_form.cyclic_labels(k, ipc).to(x)
+        target = closed_form.solve_features(
+            closed_form.admissible(y_s, w, closed_form.noise(y_s, w, generator))
+        )
         phi_s = net(net.inverse(target, exact=False))
         add("LeakyReLU, trained W", phi_s, y_s, w)
-        add("LeakyReLU, trained W, labels solved", phi_s, closed.labels_for(phi_s, w), w)
+        add("LeakyReLU, trained W, labels solved", phi_s, closed_form.labels_for(phi_s, w), w)
     return rows
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from lib.companion import provenance, tables, verdicts
-from lib.companion.allocator import keep_large_blocks
 from lib.companion.profiles import Profile, cases_of, profile_named
 from lib.companion.verdicts import Verdict
-from lib.errors import CompanionError
-from lib.files import ROOT, inside, write_text
-from lib.measure import Meter
+from lib.system.allocator import keep_large_blocks
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT, inside, write_text
+from lib.system.measure import Meter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SVG_LIMIT = (
@@ -65,8 +65,8 @@ def start(
     Raises:
         CompanionError: for a wrong value of any argument, in one line that lists what is allowed.
     """
-    from lib.companion.style import use_style
-    from lib.device import resolve_device
+    from lib.companion.theme import use_style
+    from lib.system.device import resolve_device
 
     chosen = profile_named(profile)
     _whole("seed", seed, 0)
@@ -171,7 +171,7 @@ class Run:
         """Measure the enclosed code: seconds and peak memory in MB go to ``run.json``; a name used again adds
         up.
 
-        The peak is that of the stage above what was in use when it began (:class:`lib.measure.Meter`).
+        The peak is that of the stage above what was in use when it began (:class:`lib.system.measure.Meter`).
         """
         meter = Meter(self.device)
         try:
@@ -196,7 +196,7 @@ class Run:
         so it must not be displayed again. Elsewhere it stays open. ``thumbnail`` puts it on the gallery card
         (else the first figure saved is there).
         """
-        from lib.companion.style import save_png, save_svg
+        from lib.companion.theme import save_png, save_svg
 
         png = self._new("figures", self.figures, name, ".png")
         save_png(fig, png)

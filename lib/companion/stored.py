@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lib.companion.study import Case
-from lib.files import ROOT
 from lib.synset import SyntheticSet
+from lib.system.files import ROOT
 
 
 def stored_sets(case: Case, folder: Path | None = None) -> dict[str, SyntheticSet]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lib.companion.plots import array
-from lib.companion.style import FAINT, INK, PALETTE
+from lib.companion.theme import FAINT, INK, PALETTE
 
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (10, 3)))
 AXES = ("first direction (filter norms)", "second direction (filter norms)")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.errors import CompanionError, unknown
-from lib.files import atomic
+from lib.system.errors import CompanionError, unknown
+from lib.system.files import atomic
 
 LABELS = ("hard", "soft")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 HELD, FAILED = "ok", "not at this scale"
 

@@ -17,9 +17,9 @@ from lib.data.imageset import Data, ImageSet
 from lib.data.source import prepare
 from lib.data.streaming import Stream
 from lib.data.whitening import WHITENINGS, ZCA, PerImageZCA, Standardise, Transform, from_saved
-from lib.device import resolve_device
-from lib.errors import CompanionError, unknown
-from lib.files import data_dir
+from lib.system.device import resolve_device
+from lib.system.errors import CompanionError, unknown
+from lib.system.files import data_dir
 
 __all__ = [
     "Data",

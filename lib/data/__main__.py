@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lib.data import load
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 
 def main(arguments: list[str] | None = None) -> int:

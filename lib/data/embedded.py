@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from lib.data.imageset import DIGITS
 from lib.data.source import Source, to_unit
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 NAMES = ("digits", "photos16", "photos32")
 

@@ -26,7 +26,7 @@ from lib.data.memory import check_fits
 from lib.data.source import Source, channel_statistics
 from lib.data.subsets import SUBSETS, class_names
 from lib.data.whitening import Standardise
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 PREFIX = "folder:"
 NAMES = ("imagenet", "tinyimagenet", *SUBSETS)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.cache import digest
 from lib.data.whitening import Transform
-from lib.errors import CompanionError
+from lib.system.cache import digest
+from lib.system.errors import CompanionError
 
 # Differentiable siamese augmentation: all families for natural images, no mirror images of digits (DSA, section 4).
 NATURAL = "color_crop_cutout_flip_scale_rotate"

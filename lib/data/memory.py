@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 # The tensor itself, one copy in passing while it is normalised, and the decoded bytes.
 COPIES = 2.25

@@ -18,7 +18,7 @@ from lib.data.images import WORKERS, decode
 from lib.data.imageset import NATURAL, ImageSet, check_per_class, class_table, draw
 from lib.data.source import channel_statistics, to_unit
 from lib.data.whitening import Transform
-from lib.errors import CompanionError, unknown
+from lib.system.errors import CompanionError, unknown
 
 # Batches decoded ahead of the one in use.
 AHEAD = 2

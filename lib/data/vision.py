@@ -15,7 +15,7 @@ import torch
 
 from lib.data.imageset import DIGITS, NATURAL
 from lib.data.source import Source, channel_statistics
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 
 @dataclass(frozen=True)

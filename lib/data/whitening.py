@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
+from lib.system.errors import CompanionError, choose
 
 # A (d, d) matrix of 64-bit floats takes 1.2 GB at this d (64 px, three channels), and its eigenvectors cost O(d^3).
 LARGEST_ZCA = 64 * 64 * 3

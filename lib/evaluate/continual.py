@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lib.data.imageset import Data, ImageSet
-from lib.errors import CompanionError
+from lib.evaluate.networks import evaluate
 from lib.evaluate.protocol import Protocol
-from lib.evaluate.run import evaluate
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError
 
 ORDER_STEP = 1000  # evaluation seeds: stages of one class order never meet those of another
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lib.evaluate.run import accuracy
+from lib.evaluate.networks import accuracy
 from lib.kernels import ridge
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # inputs (n1, ...), (n2, ...) -> (n1, n2)

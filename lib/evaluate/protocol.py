@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from lib import augment, nets
-from lib.errors import CompanionError, choose, unknown
+from lib.system.errors import CompanionError, choose, unknown
 from lib.train import SCHEDULES
 
 

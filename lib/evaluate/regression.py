@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lib import nets
-from lib.cache import digest, stored
-from lib.errors import CompanionError, choose
-from lib.evaluate.run import MAP_BYTES, MAP_BYTES_CUDA, Evaluation, accuracy, is_balanced, network_seed
+from lib.evaluate.networks import MAP_BYTES, MAP_BYTES_CUDA, Evaluation, accuracy, is_balanced, network_seed
 from lib.kernels.fc import SIGMA_B, SIGMA_W
 from lib.kernels.ridge import centred_one_hot
-from lib.measure import Meter
 from lib.nets.ensemble import Ensemble
-from lib.sources import code_digest
 from lib.synset import SyntheticSet
+from lib.system.cache import digest, stored
+from lib.system.code import code_digest
+from lib.system.errors import CompanionError, choose
+from lib.system.measure import Meter
 from lib.train import predict
 
 

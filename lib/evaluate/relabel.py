@@ -25,15 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib import nets, views
-from lib.cache import digest, stored
-from lib.errors import CompanionError, choose, unknown
-from lib.evaluate.run import Evaluation, accuracy, is_balanced, network_seed
-from lib.files import write_tensors
-from lib.measure import Meter
+from lib import nets
+from lib.augment import views
+from lib.evaluate.networks import Evaluation, accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
-from lib.sources import code_digest
 from lib.synset import SyntheticSet, read_safetensors
+from lib.system.cache import digest, stored
+from lib.system.code import code_digest
+from lib.system.errors import CompanionError, choose, unknown
+from lib.system.files import write_tensors
+from lib.system.measure import Meter
 from lib.train import cosine_schedule, predict, update
 
 FORMAT = "distillation-companion/soft-labels-1"

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lib.errors import CompanionError, choose
 from lib.kernels.fc import SIGMA_B, SIGMA_W, Kernels, arc_cosine, dense
+from lib.system.errors import CompanionError, choose
 
 NETS = {
     "convnet3": "cpcpcpf",  # the ConvNet of DC, and RFAD's

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 SIGMA_W = math.sqrt(2)
 SIGMA_B = 0.1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 
 def regularised(k_ss: Tensor, lam: float, scaled: bool = True) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
 from lib.match.features import class_mean
+from lib.system.errors import CompanionError, choose
 
 
 @dataclass(frozen=True)

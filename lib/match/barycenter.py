@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, unknown
 from lib.match import mmd
+from lib.system.errors import CompanionError, unknown
 
 STILL = 1e-20  # a squared move below which the atoms have not moved but for rounding
 MODES = ("uniform", "alternating", "official_weighted")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.errors import CompanionError, unknown
 from lib.nets.convnet import ConvNet
+from lib.system.errors import CompanionError, unknown
 
 FORMS = ("code", "paper")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 
 def class_mean(real: Tensor, syn: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.errors import CompanionError
 from lib.nets.ensemble import apply
+from lib.system.errors import CompanionError
 
 EPS = 1e-6  # of the published code, added to the product of the norms
 GROUPED_BYTES = (

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
+from lib.system.errors import CompanionError, choose
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError
+from lib.system.errors import CompanionError
 
 EPS = 1e-5  # below the root of every standard deviation, as published
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import CompanionError, unknown
 from lib.match.mmd import distances, squared_distances
+from lib.system.errors import CompanionError, unknown
 
 
 def cost_matrix(x: Tensor, y: Tensor, p: int = 2) -> Tensor:

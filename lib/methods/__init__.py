@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from lib.errors import choose
+from lib.system.errors import choose
 
 T = TypeVar("T")
 

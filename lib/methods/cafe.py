@@ -27,13 +27,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
+from lib.augment import families
+from lib.formation import by_class
 from lib.match import features
 from lib.methods import dm
-from lib.methods.pixels import by_class, families
 from lib.nets.convnet import ConvNet
 from lib.nets.ensemble import Ensemble
 from lib.synset import class_major
+from lib.system.errors import CompanionError, choose
 from lib.train import predict, sgd_steps
 
 DISCRIMINATIONS = ("sum", "mean")

@@ -21,13 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib.errors import choose, unknown
 from lib.methods.selection import class_rows, real_set
 from lib.select import greedy, scores, similarity, submodular
 from lib.select.gradmatch import orthogonal_matching
 from lib.select.last_layer import LastLayer, batch_scale
 from lib.select.proxy import Proxy, Trained, train_proxy
 from lib.synset import SyntheticSet
+from lib.system.errors import choose, unknown
 
 Choice = tuple[Tensor, Tensor | None]  # positions in the order of picking, and their weights
 

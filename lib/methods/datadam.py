@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lib import nets
-from lib.errors import CompanionError, choose
+from lib.formation import by_class
 from lib.match import attention
 from lib.methods.dm import DM, State
-from lib.methods.pixels import by_class
 from lib.nets.convnet import ConvNet
+from lib.system.errors import CompanionError, choose
 
 POOLED_ROWS = 128  # images whose channels are pooled at once
 

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from lib import augment, nets
-from lib.errors import choose
-from lib.formation import Pixels, decode_by_class
+from lib.augment import augment_by_class, families
+from lib.formation import Pixels, by_class, decode_by_class
+from lib.formation.start import initial_codes, pixel_set
 from lib.match.gradient import DISTANCES, matching_step
-from lib.methods.pixels import augment_by_class, by_class, families, initial_codes, pixel_set
 from lib.nets.ensemble import Ensemble
-from lib.sampler import Memory, RandomBatches
+from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import choose
 from lib.train import predict_embeddings, sgd_steps
 
 # IPC -> (matching steps T per network, epochs of network training between two of them); appendix and code
@@ -68,7 +69,7 @@ class DC:
         "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
     )
     formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
-    sampler: Any = RandomBatches()  # which real images a step looks at (lib.sampler)
+    sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """$(T, \\varsigma_\\theta)$ for this IPC: the published table, else T = IPC and about 500 / IPC epochs."""

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError
 from lib.match.contrastive import contrastive_step
 from lib.methods import dc
 from lib.methods.dc import DC
 from lib.nets.ensemble import Ensemble
+from lib.system.errors import CompanionError
 
 LOOPS = {1: (10, 5)}  # IPC -> (T, epochs) where they are not DC's
 

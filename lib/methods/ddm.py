@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
+from lib.formation import by_class
 from lib.match import features, style
 from lib.methods.dm import DM, State
-from lib.methods.pixels import by_class
 from lib.nets.convnet import TAPS, ConvNet
+from lib.system.errors import CompanionError, choose
 
 VARIANTS = ("paper", "released")
 

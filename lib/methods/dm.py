@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from lib import augment, nets
-from lib.formation import Pixels, decode_by_class
+from lib.augment import augment_by_class, families
+from lib.formation import Pixels, by_class, decode_by_class
+from lib.formation.start import initial_codes, pixel_set
 from lib.match import features
-from lib.methods.pixels import augment_by_class, by_class, families, initial_codes, pixel_set
-from lib.sampler import Memory, RandomBatches
+from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet
 from lib.train import rows_at_once
 
@@ -63,7 +64,7 @@ class DM:
         "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
     )
     formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
-    sampler: Any = RandomBatches()  # which real images a step looks at (lib.sampler)
+    sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
 
     def total_steps(self, ipc: int) -> int:
         return self.iterations

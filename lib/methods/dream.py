@@ -6,7 +6,7 @@ R_t(\mathcal T_c)=\Big\{\arg\min_{x\in\mathcal T_c}\lVert\phi_{\theta_t}(x)-\mu_
 
 with $\mu_1,\dots,\mu_n$ the centroids of k-means on the embeddings of *all* images of the class, computed anew every I steps. A
 random batch is a noisy target: images near the boundary have large gradients, those near the centre tiny ones. One image per
-cluster is an even one. DREAM is IDC with that sampler (``lib.sampler.Representative``, which every method takes) and with
+cluster is an even one. DREAM is IDC with that sampler (``lib.select.sampler.Representative``, which every method takes) and with
 representatives as initial images; with ``sampler=RandomBatches(), init="mix"`` it *is* IDC. :class:`DreamDC` is the same on DC.
 
 DREAM+ (Bidirectional Representative Matching, arXiv 2310.15052) has a field for each part that its code shows: ``feature`` adds
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError
 from lib.match.features import class_mean
 from lib.methods import dc, idc
 from lib.methods.dc import DC
 from lib.methods.idc import IDC
 from lib.nets.ensemble import Ensemble
-from lib.sampler import Representative
+from lib.select.sampler import Representative
+from lib.system.errors import CompanionError
 from lib.train import predict_embeddings
 
 

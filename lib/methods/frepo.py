@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.errors import CompanionError
+from lib.formation.start import initial_pixels
 from lib.kernels import ridge
-from lib.kernels.lamb import Lamb
-from lib.methods.pixels import initial_pixels
 from lib.nets.pool import average_pool
+from lib.optim.lamb import Lamb
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError
 
 LOWEST = 0.1  # of the cosine schedule, times lr
 NETWORK_BATCH = 1000  # synthetic images in one training step of a network

@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, unknown
-from lib.formation import MultiFormation, Pixels, bounded, decode_by_class
+from lib.augment import families
+from lib.formation import MultiFormation, Pixels, at_most, bounded, by_class, decode_by_class
+from lib.formation.start import pixel_set
 from lib.methods import dc
 from lib.methods.dsa import DSA
-from lib.methods.pixels import at_most, by_class, families, pixel_set, sequential_rates
+from lib.optim.sequential import sequential_rates
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError, unknown
 from lib.train import sgd, sgd_steps
 
 INNER_DATA = ("real", "syn")

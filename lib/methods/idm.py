@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from lib import nets
-from lib.errors import CompanionError, unknown
 from lib.formation import mosaic_or
+from lib.formation.start import initial_codes
 from lib.match import features
 from lib.methods import dm
 from lib.methods.dm import DM
-from lib.methods.pixels import initial_codes, sequential_rates
 from lib.nets.ensemble import Ensemble
+from lib.optim.sequential import sequential_rates
+from lib.system.errors import CompanionError, unknown
 from lib.train import batch_loss
 
 METERS = {"running": 0.9, "reset": 1.0}  # what earlier counts still weigh after a training step

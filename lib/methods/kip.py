@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from lib import augment
-from lib.errors import CompanionError, unknown
+from lib.augment import families
+from lib.formation.start import INITIAL, initial_pixels
 from lib.kernels import conv, fc, ridge
-from lib.methods.pixels import INITIAL, families, initial_pixels
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError, unknown
 
 KINDS = ("ntk", "nngp")
 LABELS = ("hard", "solve", "solve-published")

@@ -5,7 +5,8 @@ Ridge regression on features is nothing but its weights, so ask for a set whose 
 $$W_S=Y_S\,\phi_{\lambda_S}(X_S)^+\ =\ W=\arg\min_W\lVert W\phi(X)-Y\rVert_F^2+\lambda\lVert W\rVert_F^2 .$$
 
 With $m\ge k$ points and labels of rank k the solutions are all known (theorems 4.1, 5.1): $\phi_{\lambda_S}(X_S)^+=D$ for an
-$D=Y_S^+W+(I-Y_S^+Y_S)Z$, any Z. One step writes such a set down; nothing is optimised. The algebra is ``lib.kernels.distill``.
+$D=Y_S^+W+(I-Y_S^+Y_S)Z$, any Z. One step writes such a set down; nothing is optimised. The algebra:
+``lib.kernels.closed_form``.
 
 The labels of the set are targets of a regression: real numbers, stored with the images (``SyntheticSet.labels``, (m, C)). What
 the set is for is :func:`predictor`. A network can be trained on the images with ``labels="hard"``; the theory says nothing of it.
@@ -27,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import CompanionError, unknown
-from lib.kernels import distill, features
-from lib.methods.pixels import INITIAL
+from lib.formation.start import INITIAL
+from lib.kernels import closed_form, feature_maps
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError, unknown
 
 MAPS = ("identity", "fcnn", "fourier")
 ROOTS = ("plus", "minus", "alternate")
@@ -116,7 +117,7 @@ class KRR:
         held_out = max(1, round(self.validation * len(train)))
         x, y = columns(train.images), F.one_hot(train.labels, train.num_classes).T.double()
         rows, rest = order[:held_out], order[held_out:]
-        path = distill.ridge_path(phi(x[:, rest]), y[:, rest])
+        path = closed_form.ridge_path(phi(x[:, rest]), y[:, rest])
         low = -3.0 if self.map == "identity" else -6.0  # published grids
         lams = 10 ** torch.arange(low, 5.75, 0.5, dtype=torch.float64)
         lams = lams if self.lam is None else torch.tensor([self.lam], dtype=torch.float64)
@@ -130,20 +131,20 @@ class KRR:
         y_s, shape = state.targets.T, state.images.shape
         if self.labels_only:
             real = phi(columns(state.images))
-            state.targets, state.lam = distill.labels_for(real, w, asked).T, asked
+            state.targets, state.lam = closed_form.labels_for(real, w, asked).T, asked
             return self._measure(state, asked)
         if self.init == "real":
             real = phi(columns(state.images))
-            y_real = distill.labels_for(
+            y_real = closed_form.labels_for(
                 real, w, asked
             )  # the labels that let D come nearest to the real images'
             y_s = y_real if int(torch.linalg.matrix_rank(y_real)) == len(w) else y_s
-            z = distill.nearest(y_s, w, real, asked)
+            z = closed_form.nearest(y_s, w, real, asked)
         else:
-            z = distill.noise(y_s, w, generator, self.noise)
-        d = distill.admissible(y_s, w, z)
-        lam = distill.clipped(d, asked)
-        phi_s = distill.solve_features(d, lam, self._signs(min(d.shape), d.device))
+            z = closed_form.noise(y_s, w, generator, self.noise)
+        d = closed_form.admissible(y_s, w, z)
+        lam = closed_form.clipped(d, asked)
+        phi_s = closed_form.solve_features(d, lam, self._signs(min(d.shape), d.device))
         x_s, scale = preimage(phi, phi_s)
         state.images, state.targets, state.lam = x_s.T.reshape(shape), (y_s / scale).T, lam / scale**2
         if lam < asked:
@@ -190,22 +191,22 @@ def predictor(synset: SyntheticSet) -> Callable[[Tensor], Tensor]:
 
 def solution(phi, images: Tensor, targets: Tensor, lam: float) -> Tensor:
     """W_S (k, p) of images (m, c, h, w) and targets (m, k)."""
-    return distill.student(phi(columns(images)), targets.double().T, lam)
+    return closed_form.student(phi(columns(images)), targets.double().T, lam)
 
 
 def feature_map(about: dict[str, Any], device: torch.device | str = "cpu"):
     """phi of a description: the same on every device, because it is drawn on the CPU."""
     generator, d, p = torch.Generator().manual_seed(about["seed"]), about["inputs"], about["features"]
     if about["name"] == "fcnn":
-        return features.LeakyNet.draw((d, *[p] * about["layers"]), generator, about["slope"], device)
+        return feature_maps.LeakyNet.draw((d, *[p] * about["layers"]), generator, about["slope"], device)
     if about["name"] == "fourier":
-        return features.Fourier.draw(d, p, generator, about["variance"], device)
-    return features.Identity()
+        return feature_maps.Fourier.draw(d, p, generator, about["variance"], device)
+    return feature_maps.Identity()
 
 
 def preimage(phi, phi_s: Tensor) -> tuple[Tensor, float]:
     """X_S (d, m) and a scale c with phi(X_S) = phi_S / c: 1, except for Fourier features, which are bounded."""
-    if not isinstance(phi, features.Fourier):
+    if not isinstance(phi, feature_maps.Fourier):
         return phi.inverse(phi_s), 1.0
     scale = float(phi_s.abs().max()) * math.sqrt(len(phi_s) / 2)
     return phi.inverse(phi_s / scale, rescale=False), scale

@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
 from lib.match import curvature
 from lib.methods import dsa
 from lib.methods.coreset import SMALL_PROXIES, Choice, ProxySelection
 from lib.nets.ensemble import Ensemble
-from lib.select.lcmat import curvature_coordinates, pair_cost
+from lib.select.pair_cost import curvature_coordinates, pair_cost
 from lib.select.proxy import Proxy, Trained
 from lib.select.similarity import flipped
 from lib.select.submodular import FacilityLocation, cluster_sizes
+from lib.system.errors import CompanionError, choose
 
 
 @dataclass(frozen=True)

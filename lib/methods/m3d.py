@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from lib import nets
-from lib.errors import CompanionError, choose, unknown
-from lib.formation import decode_by_class, mosaic_or
+from lib.formation import at_most, by_class, decode_by_class, mosaic_or
+from lib.formation.mosaic import Mosaic
+from lib.formation.start import initial_codes, pixel_set
 from lib.match import mmd
 from lib.methods import dm
 from lib.methods.dm import DM
-from lib.methods.pixels import at_most, by_class, initial_codes, pixel_set, sequential_rates
-from lib.partition import Mosaic
+from lib.optim.sequential import sequential_rates
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError, choose, unknown
 
 SPACES = ("unit", "normalised")
 

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, choose
+from lib.formation.start import initial_pixels
 from lib.kernels import ridge
-from lib.kernels.adabelief import AdaBelief
-from lib.kernels.features import Blocks, conjugate_kernel, conv_features, random_blocks
-from lib.methods.pixels import initial_pixels
+from lib.kernels.feature_maps import Blocks, conjugate_kernel, conv_features, random_blocks
+from lib.optim.adabelief import AdaBelief
 from lib.synset import SyntheticSet, class_major
+from lib.system.errors import CompanionError, choose
 
 LOSSES = ("mse", "platt")
 VALIDATION_SEED = 0  # of the validation networks, the same in every run

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.errors import unknown
 from lib.nets.ensemble import Ensemble
 from lib.select.greedy import herding, k_center
 from lib.select.proxy import Proxy, train_proxy
 from lib.synset import SyntheticSet
+from lib.system.errors import unknown
 from lib.train import predict_embeddings
 
 FEATURES = ("proxy", "random", "pixels")

@@ -1,6 +1,6 @@
 r"""SRe2L - Squeeze, Recover and Relabel. Yin, Xing & Shen, NeurIPS 2023, arXiv 2306.13092; CDA, Yin & Shen, TMLR 2024.
 
-A teacher is trained on all real data (squeeze, ``lib.methods.teacher``). Images are noise that is optimised until the frozen
+A teacher is trained on all real data (squeeze, ``lib.recover.teacher``). Images are noise that is optimised until the frozen
 teacher classifies them right and their BatchNorm statistics are those that it saw in training (recover, here):
 
 $$\min_x\ \mathrm{CE}(f(\mathcal A(x)),y)
@@ -24,15 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib import views
-from lib.errors import CompanionError, unknown
+from lib.augment import views
+from lib.formation import by_class
+from lib.formation.start import pixel_set
 from lib.match import batchnorm
 from lib.match.batchnorm import Watch
-from lib.methods import teacher as teachers
-from lib.methods.pixels import by_class, pixel_set
-from lib.methods.recover import STORAGE, Block, Prepared, State, bounds, class_images, stored_pixels
-from lib.methods.teacher import Teacher
+from lib.recover import teacher as teachers
+from lib.recover.blocks import STORAGE, Block, Prepared, State, bounds, class_images, stored_pixels
+from lib.recover.teacher import Teacher
 from lib.synset import SyntheticSet, check_ipc
+from lib.system.errors import CompanionError, unknown
 
 CURRICULA = ("cosine", "linear", "step")
 

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from lib.errors import CompanionError, unknown
+from lib.formation import by_class
 from lib.match import features, transport
 from lib.methods import dm
 from lib.methods.dm import DM
-from lib.methods.pixels import by_class
 from lib.nets.convnet import ConvNet
 from lib.nets.ensemble import Ensemble, apply
+from lib.system.errors import CompanionError, unknown
 
 DISTANCES = ("mean", "w1", "w2", "sinkhorn", "sliced", "critic")
 

@@ -24,16 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib import views
-from lib.errors import CompanionError, unknown
+from lib.augment import views
+from lib.formation import by_class
 from lib.match import barycenter as ot
 from lib.match import batchnorm
 from lib.match.batchnorm import Watch
-from lib.methods import teacher as teachers
-from lib.methods.pixels import by_class
-from lib.methods.recover import Block, Prepared, State
 from lib.methods.sre2l import SRe2L
+from lib.recover import teacher as teachers
+from lib.recover.blocks import Block, Prepared, State
 from lib.synset import SyntheticSet
+from lib.system.errors import CompanionError, unknown
 
 STATISTICS = ("class", "global")
 SIMPLER = (

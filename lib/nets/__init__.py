@@ -12,7 +12,6 @@ import re
 import torch
 from torch import nn
 
-from lib.errors import CompanionError, unknown
 from lib.nets.alexnet import AlexNet
 from lib.nets.convnet import POOLS, ConvNet
 from lib.nets.layers import ACTIVATIONS, NORMS
@@ -21,6 +20,7 @@ from lib.nets.mlp import MLP
 from lib.nets.resnet import ResNet18, ResNet18AP
 from lib.nets.vgg import VGG11
 from lib.nets.vit import ViT
+from lib.system.errors import CompanionError, unknown
 
 ARCHITECTURES = {
     "convnet": ConvNet,

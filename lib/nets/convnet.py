@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.errors import CompanionError, choose
 from lib.nets.layers import activation, norm_layer
 from lib.nets.pool import average_pool
+from lib.system.errors import CompanionError, choose
 
 TAPS = ("conv", "norm", "act", "pool")  # where a block's map can be taken
 POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d, "none": None}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lib.errors import CompanionError, choose
+from lib.system.errors import CompanionError, choose
 
 GROUPS = 4  # of the "group" norm, in the ablation tables of the DC, DSA and DM papers
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lib.errors import unknown
 from lib.nets.layers import BlockNetwork, max_pool, resolve_padding
+from lib.system.errors import unknown
 
 
 class LeNet(BlockNetwork):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lib.errors import CompanionError, unknown
 from lib.nets.layers import BlockNetwork
+from lib.system.errors import CompanionError, unknown
 
 
 class PatchEmbedding(nn.Module):

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from lib.device import resolve_device
-from lib.errors import CompanionError, unknown
 from lib.scale import sizes
 from lib.scale.plan import Run, keep, open_run, read_file, whole
 from lib.scale.runner import run_stages, run_unit
 from lib.scale.store import damage, done
 from lib.scale.units import STAGES, check, unit, units
+from lib.system.device import resolve_device
+from lib.system.errors import CompanionError, unknown
 
 COMMANDS = {
     "plan": "check a plan and write it into its folder",

@@ -14,9 +14,9 @@ from lib.data import Stream, load, stream
 from lib.data.folders import NAMES as FOLDERS
 from lib.data.folders import PREFIX
 from lib.data.whitening import from_saved
-from lib.errors import CompanionError, unknown
-from lib.files import write_text
 from lib.synset import check_ipc
+from lib.system.errors import CompanionError, unknown
+from lib.system.files import write_text
 
 PLAN = "plan.json"
 LABELS = ("recompute", "store")

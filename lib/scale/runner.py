@@ -15,11 +15,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from lib.errors import CompanionError
 from lib.scale.plan import Run
 from lib.scale.stages import compute
 from lib.scale.store import done
 from lib.scale.units import Unit, needs, units
+from lib.system.errors import CompanionError
 
 Say = Callable[[str], None]
 

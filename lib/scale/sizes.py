@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.methods.teacher import make_teacher
+from lib.recover.teacher import make_teacher
 from lib.scale.plan import Run
 from lib.scale.units import STAGES, method, recipe, trainings, units
 

@@ -24,12 +24,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib import nets
-from lib.errors import CompanionError
-from lib.methods.teacher import Teacher, converged, fit, make_teacher, the_teacher
 from lib.nets.convnet import ConvNet
+from lib.recover.teacher import Teacher, converged, fit, make_teacher, the_teacher
 from lib.scale.plan import Run, open_run, real, same_data
 from lib.scale.store import done, save
 from lib.scale.units import method, unit
+from lib.system.errors import CompanionError
 
 
 def squeeze(run: Run, device: torch.device, rank: int = 0, world: int = 1) -> nn.Module:
@@ -43,7 +43,7 @@ def squeeze(run: Run, device: torch.device, rank: int = 0, world: int = 1) -> nn
 
 
 def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1) -> nn.Module:
-    """:func:`lib.methods.teacher.train_teacher` with every batch shared by ``world`` processes; the same bits for one.
+    """:func:`lib.recover.teacher.train_teacher` with every batch shared by ``world`` processes; the same bits for one.
 
     Args:
         train: the data, the same in every process.

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lib import nets
 from lib.distill import describe
+from lib.evaluate.networks import accuracy, network_seed
 from lib.evaluate.relabel import LabelStore, half_logits, label_bytes, train_by_distillation
-from lib.evaluate.run import accuracy, network_seed
 from lib.match.batchnorm import Watch
-from lib.methods.recover import Prepared, class_images
-from lib.methods.teacher import frozen, make_teacher
 from lib.nets.ensemble import Ensemble
+from lib.recover.blocks import Prepared, class_images
+from lib.recover.teacher import frozen, make_teacher
 from lib.scale.plan import Run, real, same_data, transform_of
 from lib.scale.squeeze import squeeze
 from lib.scale.store import read, save, save_summary

@@ -17,14 +17,14 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from lib.cache import digest
 from lib.distill import describe
-from lib.errors import CompanionError
 from lib.evaluate.relabel import VIEWS
-from lib.files import write_tensors, write_text
 from lib.scale.plan import Run
 from lib.scale.units import STAGES, Unit, method, recipe, units
 from lib.synset import read_safetensors
+from lib.system.cache import digest
+from lib.system.errors import CompanionError
+from lib.system.files import write_tensors, write_text
 
 FORMAT = "distillation-companion-unit/1"
 FILES = "files of "

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from lib.data import embedded
-from lib.errors import CompanionError, choose, unknown
 from lib.evaluate.relabel import FKD, small
 from lib.match.batchnorm import batch_norms
 from lib.methods import preset, sre2l, wmdd
 from lib.methods.sre2l import SRe2L
-from lib.methods.teacher import make_teacher
+from lib.recover.teacher import make_teacher
 from lib.scale.plan import Run
+from lib.system.errors import CompanionError, choose, unknown
 
 STAGES = ("squeeze", "statistics", "recover", "relabel", "train", "aggregate")
 METHODS = {"sre2l": sre2l.PRESETS, "wmdd": wmdd.PRESETS}

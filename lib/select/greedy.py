@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, unknown
 from lib.select.similarity import symmetric_kl
+from lib.system.errors import CompanionError, unknown
 
 HERDING_RULES = ("icarl", "welling", "deepcore")
 

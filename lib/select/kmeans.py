@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.data.imageset import draw
-from lib.errors import choose, unknown
+from lib.system.errors import choose, unknown
 
 STARTS = ("random", "k-means++")
 

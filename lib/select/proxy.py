@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lib import nets
-from lib.cache import digest, stored
-from lib.errors import CompanionError
-from lib.files import write_tensors
 from lib.nets.ensemble import Ensemble
 from lib.select.last_layer import LastLayer
-from lib.sources import code_digest
 from lib.synset import read_safetensors
+from lib.system.cache import digest, stored
+from lib.system.code import code_digest
+from lib.system.errors import CompanionError
+from lib.system.files import write_tensors
 from lib.train import _Chance, predict_embeddings, sgd_steps
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lib.errors import CompanionError, unknown
 from lib.select.greedy import check_budget
 from lib.select.last_layer import LastLayer
+from lib.system.errors import CompanionError, unknown
 
 VARIANTS = ("paper", "deepcore")
 

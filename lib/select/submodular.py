@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.errors import CompanionError, unknown
 from lib.select.greedy import check_budget
 from lib.select.similarity import Pairwise, held
+from lib.system.errors import CompanionError, unknown
 
 
 class FacilityLocation:

@@ -10,7 +10,7 @@ import torch
 from arrays import Arrays, t
 from torch import Tensor
 
-from lib import partition
+from lib.formation import mosaic
 from lib.match import attention, features, mmd, style, transport
 
 
@@ -87,7 +87,7 @@ def cafe_loss(a: Arrays) -> Arrays:
 def idm_loss(a: Arrays) -> Arrays:
     image = t(a["img"]).requires_grad_()
     factor = round((len(a["decoded"]) / len(a["img"])) ** 0.5)
-    decoded, labels = partition.expand(image, factor), partition.expand_labels(t(a["label"]), factor)
+    decoded, labels = mosaic.expand(image, factor), mosaic.expand_labels(t(a["label"]), factor)
     (grad_img,) = torch.autograd.grad(decoded, image, t(a["cotangent"]))
     sources = t(a["init_src"])
     real, syn, logits = (
@@ -102,8 +102,8 @@ def idm_loss(a: Arrays) -> Arrays:
         "decoded": decoded,
         "decoded_label": labels,
         "grad_img": grad_img,
-        "init_down": torch.stack([partition.shrink(part, factor) for part in sources]),
-        "init_composed": partition.mosaics(sources),
+        "init_down": torch.stack([mosaic.shrink(part, factor) for part in sources]),
+        "init_composed": mosaic.mosaics(sources),
         "loss_dm": features.class_mean(real, inputs[1])[0],
         "loss_ce": features.class_aware(*inputs[2:])[0],
         "total": total,

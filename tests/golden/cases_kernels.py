@@ -11,11 +11,11 @@ from arrays import Arrays, t
 from torch import Tensor
 
 from lib.data.whitening import PerImageZCA, second_moment, zca_matrix
-from lib.kernels import distill, ridge
-from lib.kernels.adabelief import AdaBelief
+from lib.kernels import closed_form, ridge
 from lib.kernels.conv import convolutional
 from lib.kernels.fc import fully_connected
-from lib.kernels.features import Fourier, Identity, LeakyNet, conjugate_kernel, conv_features
+from lib.kernels.feature_maps import Fourier, Identity, LeakyNet, conjugate_kernel, conv_features
+from lib.optim.adabelief import AdaBelief
 
 
 def chw(images: np.ndarray) -> Tensor:
@@ -133,25 +133,25 @@ def _krr_case(a: dict[str, Tensor], x: Tensor, labels: Tensor, regularised: bool
     w, y_s, lam, d = a["W"], a["Ys"], float(a["lambda_"]), a["D"]
     y = F.one_hot(labels, len(w)).T.to(w.dtype)
     lambda_s = float(a["lambda_s"])
-    out = {"W": distill.ridge_path(phi(x), y)(lam)}
+    out = {"W": closed_form.ridge_path(phi(x), y)(lam)}
     if "Xs_init" in a:
         real, real_lam = phi(a["Xs_init"].T), lam if regularised else 0.0
-        out["Ys"] = distill.labels_for(real, w, real_lam)
-        out["Z"] = distill.nearest(y_s, w, real, real_lam)
+        out["Ys"] = closed_form.labels_for(real, w, real_lam)
+        out["Z"] = closed_form.nearest(y_s, w, real, real_lam)
     else:
-        out["Ys"] = distill.cyclic_labels(len(w), y_s.shape[1] // len(w))
+        out["Ys"] = closed_form.cyclic_labels(len(w), y_s.shape[1] // len(w))
         out["Z"] = a["Z"]  # random in this mode, and an input
     x_s = phi.inverse(a["phi_s"])
     out |= {
-        "D": distill.admissible(y_s, w, a["Z"]),
-        "lambda_s": distill.clipped(d, lam) if regularised else 0.0,
-        "phi_s": distill.solve_features(d, lambda_s),
-        "Ws": distill.student(a["phi_s"], y_s, lambda_s),
+        "D": closed_form.admissible(y_s, w, a["Z"]),
+        "lambda_s": closed_form.clipped(d, lam) if regularised else 0.0,
+        "phi_s": closed_form.solve_features(d, lambda_s),
+        "Ws": closed_form.student(a["phi_s"], y_s, lambda_s),
         "Xs": x_s.T,
         "phi_s_recover": phi(a["Xs"].T),
     }
     if "phi_s_recover" in a:
-        out["Ws_recover"] = distill.student(a["phi_s_recover"], y_s)
+        out["Ws_recover"] = closed_form.student(a["phi_s_recover"], y_s)
     return out
 
 
@@ -163,7 +163,7 @@ def krr_kip_step(a: Arrays) -> Arrays:
     x_s = t(a["X_s"]).requires_grad_()
     phi_s = phi(x_s.T)
     lambda_s = 1e-6 * phi_s.square().sum() / phi_s.shape[1]
-    y_s, w_s = distill.kip_labels(phi_s, real @ real.T, real @ y.T, lambda_s)
+    y_s, w_s = closed_form.kip_labels(phi_s, real @ real.T, real @ y.T, lambda_s)
     loss = (w_s @ real[:, batch] - y[:, batch]).square().mean()
     gradient = torch.autograd.grad(loss, x_s)[0]
     return {"phi_s": phi_s, "lambda_s": lambda_s, "Y_s": y_s, "W_s": w_s, "loss": loss, "grad_Xs": gradient}

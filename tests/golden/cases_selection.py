@@ -6,8 +6,8 @@ import torch
 from arrays import Arrays, t
 from torch import Tensor, nn
 
-from lib.evaluate import landscape
-from lib.select import gradmatch, lcmat, scores, similarity, submodular
+from lib.analysis import landscape
+from lib.select import gradmatch, pair_cost, scores, similarity, submodular
 from lib.select.last_layer import LastLayer, batch_scale
 
 
@@ -100,14 +100,14 @@ def lcmat_selection(a: Arrays) -> Arrays:
     )
     for name, scale, offset in variants:
         last = LastLayer(logits, h, labels, scale)
-        dims = lcmat.curvature_coordinates(last, int(a["K"]))
-        cost = lcmat.pair_cost(last, float(a["eps"]), dims)
+        dims = pair_cost.curvature_coordinates(last, int(a["K"]))
+        cost = pair_cost.pair_cost(last, float(a["eps"]), dims)
         out[f"grads_{name}"], out[f"diag_hessians_{name}"] = last.gradients(), last.diagonal_hessians()
         out[f"picked_dims_{name}"] = dims
         out[f"similarity_{name}"] = similarity.flipped(cost, offset).matrix()
         out[f"order_{name}"] = order(cost, offset)
-        out[f"order_{name}_eps2"] = order(lcmat.pair_cost(last, float(a["eps2"]), dims), offset)
-    out["order_eps0_persample"] = order(lcmat.pair_cost(last, 0.0, dims), None)
+        out[f"order_{name}_eps2"] = order(pair_cost.pair_cost(last, float(a["eps2"]), dims), offset)
+    out["order_eps0_persample"] = order(pair_cost.pair_cost(last, 0.0, dims), None)
     subset = last[out["order_persample"]]
     names = {
         "loss": "loss_abs",
@@ -116,8 +116,8 @@ def lcmat_selection(a: Arrays) -> Arrays:
         "hessian_max": "hess_max",
         "gradient_variance": "gradvar_l1",
     }
-    out |= {f"stat_{names[name]}": value for name, value in lcmat.gaps(last, subset).items()}
-    eigenvalues = torch.linalg.eigvalsh(lcmat.full_hessian(last) - lcmat.full_hessian(subset))
+    out |= {f"stat_{names[name]}": value for name, value in pair_cost.gaps(last, subset).items()}
+    eigenvalues = torch.linalg.eigvalsh(pair_cost.full_hessian(last) - pair_cost.full_hessian(subset))
     return out | {"stat_full_hess_diff_eigs_minmax": eigenvalues[[0, -1]]}
 
 

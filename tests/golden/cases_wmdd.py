@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from arrays import Arrays, t
 from torch import Tensor, nn
 
-from lib import views
+from lib.augment import views
 from lib.data.whitening import Standardise
 from lib.evaluate import relabel
 from lib.match import barycenter as ot
 from lib.match import batchnorm
-from lib.methods.recover import Prepared
 from lib.methods.sre2l import SRe2L
 from lib.methods.wmdd import WMDD
+from lib.recover.blocks import Prepared
 from lib.train import cosine_schedule
 
 HERE = Path(__file__).parent

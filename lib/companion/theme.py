@@ -1,0 +1,72 @@
+"""The one look of all figures: palette, marks, style file, and files that are the same bytes for the same figure.
+
+Colours are seaborn's "colorblind" palette in fixed order; lines also differ by style and marker and bars by hatching,
+so that every figure reads in grey.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from lib.system.files import atomic
+
+PALETTE = (
+    "#0173b2",
+    "#d55e00",
+    "#029e73",
+    "#cc78bc",
+    "#de8f05",
+    "#56b4e9",
+    "#ca9161",
+    "#949494",
+    "#fbafe4",
+    "#ece133",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
+INK, FAINT = "#333333", "#9aa0a6"
+STYLE = Path(__file__).with_name("companion.mplstyle")
+
+
+def use_style() -> None:
+    """Apply the shared style to every figure drawn afterwards."""
+    import matplotlib.style
+
+    matplotlib.style.use(STYLE)
+
+
+def save_png(fig, path: Path) -> None:
+    """PNG at 150 dpi; the same figure gives the same bytes (no version, no date)."""
+    with atomic(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+
+
+def save_svg(fig, path: Path, limit: int) -> bool:
+    """SVG beside the PNG where it is vector at heart (no picture in it) and under ``limit`` bytes;
+    deterministic bytes.
+
+    Returns whether it was written; an older file is removed otherwise.
+    """
+    buffer = io.BytesIO()
+    vector = all(
+        image.get_size()[0] * image.get_size()[1] <= 10_000 for ax in fig.axes for image in ax.images
+    )
+    if vector:
+        fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    light = 0 < buffer.tell() <= limit
+    if light:
+        with atomic(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+    else:
+        path.unlink(missing_ok=True)
+    return light
+
+
+def ink_on(colour) -> str:
+    """White or dark text, whichever is readable on ``colour``."""
+    from matplotlib.colors import to_rgb
+
+    return INK if np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) > 0.55 else "white"

@@ -1,0 +1,55 @@
+"""Where the stored images of a method start, and how they are handed back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.synset import SyntheticSet, class_major
+from lib.system.errors import unknown
+
+INITIAL = ("real", "noise")
+
+
+def initial_pixels(train, ipc: int, init: str, generator: torch.Generator) -> Tensor:
+    """``(C * ipc, c, h, w)``, class-major: random real images of each class without replacement, or standard normal noise."""
+    if init == "real":
+        return train.sample(ipc, generator).flatten(0, 1)
+    if init == "noise":
+        shape = (train.num_classes * ipc, *train.shape)
+        return torch.randn(shape, generator=generator, device=train.device)
+    raise unknown("init", init, INITIAL)
+
+
+def initial_codes(formation, train, ipc: int, init: str, generator: torch.Generator, **packing) -> Tensor:
+    """``(C * ipc, c, h, w)``, class-major: where the stored images of a formation (``lib.formation``) start.
+
+    ``init="mix"`` packs real images, each different, into every code (``packing``: options of the formation's ``pack``);
+    otherwise see :func:`initial_pixels`.
+    """
+    formation.check(train.shape)
+    formation = formation.on(train.transform)
+    if init == "mix":
+        return formation.pack(several_real(train, ipc, formation.multiplicity, generator), **packing)
+    if init not in INITIAL:
+        raise unknown("init", init, [*INITIAL, "mix"])
+    return initial_pixels(train, ipc, init, generator)
+
+
+def several_real(train, ipc: int, times: int, generator: torch.Generator) -> Tensor:
+    """Random real images ``(times, C * ipc, c, h, w)``, class-major.
+
+    The ``times * ipc`` images of a class differ where it has so many, else those of the same row do.
+    """
+    if times * ipc <= train.smallest_class:
+        images = train.sample(times * ipc, generator).unflatten(1, (times, ipc)).transpose(0, 1)
+    else:
+        images = torch.stack([train.sample(ipc, generator) for _ in range(times)])
+    return images.flatten(1, 2)
+
+
+def pixel_set(pixels: Tensor, train, ipc: int, formation=None) -> SyntheticSet:
+    """The synthetic set of class-major codes of a formation (default: plain pixels), with hard labels (a copy)."""
+    labels = class_major(train.num_classes, ipc, pixels.device)
+    decoder = {} if formation is None else {"decoder": formation.on(train.transform)}
+    return SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform, **decoder)

@@ -1,0 +1,230 @@
+"""The synthetic set S: what every method returns, what is trained on, saved, and given to others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import struct
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from lib.data.whitening import from_saved
+from lib.formation import DECODERS, Pixels
+from lib.system.errors import CompanionError, choose
+from lib.system.files import write_tensors
+
+FORMAT = "distillation-companion/1"
+
+
+@dataclass
+class SyntheticSet:
+    """A small labelled set, in the normalised pixel space of the data it stands for.
+
+    Attributes:
+        codes: what is stored (and was learned), ``(m, ...)``; pixels ``(m, c, h, w)`` unless ``decoder`` says otherwise.
+        labels: ``(m,)`` class indices, or ``(m, C)`` soft labels.
+        classes: class names.
+        transform: the data's normalisation or whitening, with its inverse.
+        decoder: codes -> images to train on; IPC counts stored codes, :attr:`bytes_images` their storage.
+        weights: ``(m,)`` sample weights of a weighted selection, or None.
+        indices: ``(m,)`` positions in the training set when the images are real ones, or None.
+        step_size: learned learning rate(s) for training on the set, or None.
+        meta: who made it: method, its configuration, data set and its hash, seed, commit. Plain JSON values.
+    """
+
+    codes: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    transform: Any
+    decoder: Any = field(default_factory=Pixels)
+    weights: Tensor | None = None
+    indices: Tensor | None = None
+    step_size: Tensor | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    # -- what others ask ---------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> Tensor:
+        """The images to train on, ``(decoded m, c, h, w)``, normalised."""
+        return self.decoder(self.codes)
+
+    @property
+    def targets(self) -> Tensor:
+        """Labels of :attr:`images`."""
+        return self.decoder.labels(self.labels)
+
+    @property
+    def soft(self) -> bool:
+        return self.labels.is_floating_point()
+
+    @property
+    def ipc(self) -> float:
+        """Stored codes per class."""
+        return len(self.codes) / len(self.classes)
+
+    @property
+    def hard_labels(self) -> Tensor:
+        return self.targets.argmax(1) if self.soft else self.targets
+
+    @property
+    def bytes_images(self) -> int:
+        """Bytes of what is stored for the images, as saved: the codes, and numbers of the decoder that were learned."""
+        return self.codes.numel() * self.codes.element_size() + self.decoder.extra_bytes
+
+    @property
+    def bytes_labels(self) -> int:
+        """Bytes of the labels: a class index needs the whole bytes that hold C values, a soft label C floats."""
+        if self.soft:
+            return self.labels.numel() * self.labels.element_size()
+        return len(self.labels) * max(1, math.ceil(math.log2(len(self.classes)) / 8))
+
+    def viewable(self) -> Tensor:
+        """The images in [0, 1]: normalisation or whitening undone, clipped."""
+        return self.transform.inverse(self.images.detach()).clamp(0, 1)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What is stored, to be looked at, in [0, 1], and its hard labels; the decoded images where codes are no images of
+        that size (a latent code, say)."""
+        if self.codes.shape[1:] != self.decoder(self.codes[:1]).shape[1:]:
+            return self.viewable(), self.hard_labels
+        images = self.transform.inverse(self.codes.detach()).clamp(0, 1)
+        return images, self.labels.argmax(1) if self.soft else self.labels
+
+    def to(self, device: torch.device | str) -> SyntheticSet:
+        moved = {
+            name: value.to(device)
+            for name in ("codes", "labels", "weights", "indices", "step_size")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **moved, transform=self.transform.to(device))
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, detached, on the CPU."""
+        named = {name: getattr(self, name) for name in ("codes", "labels", "weights", "indices", "step_size")}
+        named |= {f"transform.{name}": tensor for name, tensor in self.transform.tensors().items()}
+        return {
+            name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None
+        }
+
+    def header(self) -> dict[str, str]:
+        """Everything that is not a tensor, as the strings of a safetensors header."""
+        about = {
+            "classes": list(self.classes),
+            "transform": self.transform.config(),
+            "decoder": dataclasses.asdict(self.decoder),
+            "value_range": "normalised"
+            if "zca" not in self.transform.config().get("kind", "")
+            else "whitened",
+            "meta": self.meta,
+        }
+        return {"format": FORMAT, "about": json.dumps(about, sort_keys=True)}
+
+    def save(self, path: Path | str) -> Path:
+        """Write the exact tensors and all metadata to one safetensors file, atomically."""
+        write_tensors(path, self.tensors(), self.header())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> SyntheticSet:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CompanionError: the file is missing, damaged, or not a synthetic set of ours.
+        """
+        header, tensors = read_safetensors(path)
+        return cls.from_parts(header, tensors, path)
+
+    @classmethod
+    def from_parts(
+        cls, header: dict[str, str], tensors: dict[str, Tensor], path: Path | str = "memory"
+    ) -> SyntheticSet:
+        """The inverse of :meth:`header` and :meth:`tensors`."""
+        if header.get("format") != FORMAT:
+            found = header.get("format", "no format mark")
+            raise CompanionError(
+                f"{path} is not a synthetic set: its header says {found!r}; allowed: {FORMAT!r}"
+            )
+        try:
+            about = json.loads(header["about"])
+            stored = dict(about["decoder"])
+            decoder = choose("decoder", stored.pop("name"), DECODERS)(**stored)
+            prefix = "transform."
+            whitening = {
+                name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
+            }
+            rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+            transform = from_saved(about["transform"], whitening)
+            return cls(
+                classes=tuple(about["classes"]),
+                transform=transform,
+                decoder=decoder,
+                meta=about["meta"],
+                **rest,
+            )
+        except CompanionError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise CompanionError(
+                f"{path} is damaged: its header or tensors are incomplete ({error})"
+            ) from error
+
+    def export(self, folder: Path | str) -> Path:
+        """Write the set so that others open it without us: ``train/<class>/<id>.png`` (hard labels), ``train.parquet``
+        (soft labels; readable by Hugging Face ``datasets``) and a data card ``README.md``, which states the 8-bit loss.
+
+        Raises:
+            CompanionError: the folder exists and is not empty, or cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CompanionError(f"cannot export to {folder}: it is not an empty folder")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+                from lib.synset.export import write
+
+                write(self, Path(temporary) / "set")
+                if folder.exists():
+                    folder.rmdir()
+                shutil.move(Path(temporary) / "set", folder)
+        except OSError as error:
+            raise CompanionError(f"cannot export to {folder}: {error.strerror or error}") from error
+        return folder
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header strings and tensors of a safetensors file, with one-line errors."""
+    if not Path(path).is_file():
+        raise CompanionError(f"no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, struct.error) as error:
+        raise CompanionError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def class_major(classes: int, ipc: int, device: torch.device | str) -> Tensor:
+    """Hard labels ``0, ..., 0, 1, ..., 1, ...``: the order in which methods keep their images."""
+    return torch.arange(classes, device=device).repeat_interleave(ipc)
+
+
+def check_ipc(ipc: int, smallest_class: int | None = None) -> int:
+    """``ipc`` if it is a whole number from 1 to the smallest class, else the one-line error."""
+    if not isinstance(ipc, int) or isinstance(ipc, bool) or ipc < 1:
+        raise CompanionError(
+            f"ipc {ipc!r} is not allowed: images per class must be a whole number of at least 1"
+        )
+    if smallest_class is not None and ipc > smallest_class:
+        raise CompanionError(f"ipc {ipc} is larger than the smallest class: allowed 1 to {smallest_class}")
+    return ipc

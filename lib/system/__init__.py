@@ -1,0 +1,1 @@
+"""What has no mathematics in it: files, the cache, hashes of code, devices, meters, one-line errors."""

@@ -1,0 +1,1 @@
+"""The pages: index and one page per notebook, from what a run wrote."""

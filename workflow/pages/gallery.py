@@ -1,0 +1,224 @@
+"""``python -m workflow.pages.gallery``: the results as pages to browse, ``figures/index.html``.
+
+Reads every ``results/<run>/<notebook>/run.json``; needs no server, no script and nothing from the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from lib.companion.profiles import PROFILES
+from lib.companion.run import output_root
+from lib.companion.verdicts import FAILED, HELD
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT, write_text
+from workflow.pages.page import notebook_body, shell, write_style
+
+TITLE = "Dataset distillation, side by side"
+LEAD = (
+    "A few synthetic images that teach a network what the whole training set would. "
+    "Each card is one method or question run on real data, the paper's claims checked on what was measured."
+)
+
+
+def build(root: Path, notebooks: Path | None = None) -> list[Path]:
+    """Write ``figures/index.html``, one page per executed notebook and the style sheet under ``root``.
+
+    Args:
+        root: folder with ``results/`` and ``figures/``.
+        notebooks: folder of the committed notebooks, whose stored outputs are shown where a run kept no
+            ``executed.ipynb``; default ``root/notebooks``. Only the ``cpu`` profile's are stored there.
+
+    Returns:
+        The pages written, the index first.
+    """
+    records = read_records(root / "results")
+    figures = root / "figures"
+    write_style(figures / "style.css")
+    pages = [figures / "index.html"]
+    for record in records:
+        source = notebook_source(root, notebooks or root / "notebooks", record)
+        if source is not None:
+            record["page"] = f"html/{record['run']}/{record['notebook']}.html"
+            pages.append(figures / record["page"])
+            write_page(pages[-1], source, record)
+    write_text(pages[0], shell(TITLE, index_body(root, records), description=LEAD))
+    return pages
+
+
+def read_records(results: Path) -> list[dict]:
+    """Every readable ``run.json``, by run (cpu, photos, paper, then others) and notebook; a damaged one is
+    named and left out.
+    """
+    records = []
+    for path in sorted(results.glob("*/*/run.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record |= {"run": path.parent.parent.name, "notebook": path.parent.name}
+            records.append(
+                {"title": path.parent.name, "claim": "", "headline": {}, "figures": {}, "tables": {}} | record
+            )
+        except (OSError, ValueError, TypeError) as error:
+            print(f"left out {path}: {error}", file=sys.stderr)
+    order = list(PROFILES)
+    return sorted(
+        records,
+        key=lambda r: (order.index(r["run"]) if r["run"] in order else len(order), r["run"], r["notebook"]),
+    )
+
+
+def notebook_source(root: Path, notebooks: Path, record: dict) -> Path | None:
+    """The notebook to show for a run: as executed, else (cpu profile) as committed, else none."""
+    executed = root / "results" / record["run"] / record["notebook"] / "executed.ipynb"
+    committed = notebooks / f"{record['notebook']}.ipynb"
+    if executed.is_file():
+        return executed
+    return committed if record["run"] == "cpu" and committed.is_file() else None
+
+
+def write_page(page: Path, source: Path, record: dict) -> None:
+    """One notebook as HTML with a way back and its provenance."""
+    name = f"{record['notebook']} · {record['run']}"
+    body = f"""<nav class="top"><a href="../../index.html">← All results</a><span>{escape(name)}</span></nav>
+<main class="notebook">
+{notebook_body(source, page, record["title"])}
+{provenance(record)}
+</main>"""
+    write_text(
+        page, shell(f"{record['title']} ({record['run']})", body, root="../../", description=record["claim"])
+    )
+
+
+def index_body(root: Path, records: list[dict]) -> str:
+    """Header and one section of cards per run."""
+    parts = [f"<header><h1>{escape(TITLE)}</h1><p>{escape(LEAD)}</p></header>\n<main>"]
+    for run in dict.fromkeys(record["run"] for record in records):
+        about = f'<p class="about">{escape(PROFILES[run].description)}</p>' if run in PROFILES else ""
+        cards = "\n".join(card(root, record) for record in records if record["run"] == run)
+        parts.append(
+            f'<section><h2>{escape(run)}</h2>{about}\n<div class="cards">\n{cards}\n</div></section>'
+        )
+    if not records:
+        parts.append("<p>No results yet: run the notebooks first.</p>")
+    return "\n".join(parts) + "\n</main>"
+
+
+def card(root: Path, record: dict) -> str:
+    """Thumbnail, title, claim, ours beside published, verdicts and files of one run."""
+    title = escape(record["title"])
+    link = quote(record["page"]) if "page" in record else None
+    heading = f'<a href="{link}">{title}</a>' if link else title
+    headline = record["headline"]
+    numbers = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(headline[key]).replace(' ± ', '&nbsp;±&nbsp;')}</dd></div>"
+        for key, name in (("ours", "ours"), ("published", "published"))
+        if headline.get(key)
+    )
+    return f"""<article class="card">
+{thumbnail(root, record)}
+<h3><span class="number">{escape(record["notebook"].split("_")[0])}</span> {heading}</h3>
+<p class="claim">{escape(record["claim"])}</p>
+{f"<dl>{numbers}</dl>" if numbers else ""}
+{verdict_list(record)}
+{file_list(root, record)}
+</article>"""
+
+
+def thumbnail(root: Path, record: dict) -> str:
+    """The figure marked as thumbnail, else the first one that exists."""
+    chosen = sorted(record["figures"].values(), key=lambda figure: not figure.get("thumbnail"))
+    for figure in chosen:
+        if (root / figure["file"]).is_file():
+            caption = escape(figure.get("caption", ""))
+            source = f'<img loading="lazy" src="{_link(figure["file"])}" alt="{caption}">'
+            return f'<div class="thumbnail">{source}</div>'
+    return '<div class="thumbnail empty" aria-hidden="true"></div>'
+
+
+def verdict_list(record: dict) -> str:
+    """How many claims held, unfolding to the claims."""
+    verdicts = record.get("verdicts", [])
+    if not verdicts:
+        return ""
+    held = sum(verdict["ok"] for verdict in verdicts)
+    counts = [(held, HELD, "held"), (len(verdicts) - held, FAILED, "failed")]
+    pills = " ".join(f'<span class="pill {kind}">{n} {name}</span>' for n, name, kind in counts if n)
+    lines = "".join(
+        f'<li class="{kind}"><b>{name}</b> {escape(verdict["text"])}</li>'
+        for verdict in verdicts
+        for kind, name in [("held", HELD) if verdict["ok"] else ("failed", FAILED)]
+    )
+    return f'<details class="verdicts"><summary>{pills}</summary><ul>{lines}</ul></details>'
+
+
+def file_list(root: Path, record: dict) -> str:
+    """Links to the figures and tables that exist."""
+    links = []
+    for kind in ("figures", "tables"):
+        for name, entry in record[kind].items():
+            versions = [Path(entry["file"])]
+            versions += [versions[0].with_suffix(".svg")] if entry.get("svg") else []
+            for path in versions:
+                if (root / path).is_file():
+                    links.append(f'<li><a href="{_link(path)}">{escape(name + path.suffix)}</a></li>')
+    count = f"{len(links)} file{'s' if len(links) != 1 else ''}"
+    return (
+        f'<details class="files"><summary>{count}</summary><ul>{"".join(links)}</ul></details>'
+        if links
+        else ""
+    )
+
+
+def provenance(record: dict) -> str:
+    """Code, versions, machine and cost of a run, folded."""
+    git = record.get("git", {})
+    commit = git["commit"][:12] if git.get("commit") else "none"
+    commit += " with changes" if git.get("dirty") else ""
+    facts = {
+        "commit": commit,
+        "parameters": ", ".join(
+            f"{k} = {v}" for k, v in record.get("parameters", {}).items() if v is not None
+        ),
+        "machine": f"{record.get('device', '?')}, threads {record.get('threads', '?')}",
+        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "cost": f"{record.get('seconds', 0):.0f} s, peak memory {record.get('peak_mb', 0):,.0f} MB",
+    }
+    for name, stage in record.get("stages", {}).items():
+        facts[f"stage {name}"] = f"{stage['seconds']:.1f} s"
+    rows = "".join(
+        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()
+    )
+    return f'<details class="provenance"><summary>How this was made</summary><dl>{rows}</dl></details>'
+
+
+def _link(path: Path | str) -> str:
+    """The way from ``figures/`` to a file recorded relative to the root."""
+    path = Path(path)
+    return quote(
+        path.relative_to("figures").as_posix() if path.parts[0] == "figures" else f"../{path.as_posix()}"
+    )
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow.pages.gallery", description="Build figures/index.html."
+    )
+    parser.add_argument("--root", type=Path, default=output_root(), help="folder with results/ and figures/")
+    root = parser.parse_args(words).root
+    try:
+        pages = build(root, ROOT / "notebooks")
+    except CompanionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{pages[0]}: {len(pages) - 1} notebook pages")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
