@@ -21,8 +21,8 @@ from lib.methods.dc import DC
 from lib.methods.dm import DM
 from lib.methods.dsa import DSA
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import _Chance, predict
 from lib.synset import SyntheticSet, class_major
-from lib.train import _Chance, predict
 
 NETWORKS = 5
 # Largest relative errors. In float32 it is the few ReLUs at zero that fall either way at size L (in float64 the gradients

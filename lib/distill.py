@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -238,8 +237,18 @@ class _Run:
 
 
 def describe(method: Method) -> dict[str, Any]:
-    """Name and fields of a method, as plain values."""
-    return {"method": type(method).__name__} | json.loads(json.dumps(dataclasses.asdict(method)))
+    """Name and fields of a method, as plain values; parts that are values themselves say their kind."""
+    fields = {field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)}
+    return {"method": type(method).__name__} | fields
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"kind": type(value).__name__} | fields
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from lib.methods.dc import DC
 from lib.methods.dream import DREAM, DreamDC
 from lib.methods.idc import IDC
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict_embeddings
 from lib.select.sampler import Memory, RandomBatches, Representative
 from lib.system.errors import CompanionError
-from lib.train import predict_embeddings
 
 SOME = {
     "outer": 3,

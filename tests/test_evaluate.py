@@ -22,9 +22,9 @@ from lib.evaluate import (
 )
 from lib.evaluate.networks import accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict
 from lib.synset import SyntheticSet
 from lib.system.errors import CompanionError
-from lib.train import predict
 
 QUICK = Protocol("quick", network="convnet-d2-w8", epochs=20, lr=0.05, schedule="dc", networks=3)
 

@@ -18,9 +18,9 @@ from lib.match.gradient import DISTANCES, METRICS, class_gradients
 from lib.methods import idc
 from lib.methods.dsa import DSA
 from lib.methods.idc import IDC
+from lib.nets.training import sgd_steps
 from lib.optim.sequential import sequential_rates
 from lib.system.errors import CompanionError
-from lib.train import sgd_steps
 
 NET = "convnet-d2-w4"
 SMALL = IDC(outer=3, inner=4, lr=0.1, base_side=8, real_batch=8, network=NET, n_data=24, network_batch=8)

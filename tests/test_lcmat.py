@@ -18,12 +18,12 @@ from lib.methods.coreset import RULES, Coreset
 from lib.methods.dsa import DSA
 from lib.methods.lcmat import LCMatC, LCMatS
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict
 from lib.select import greedy, proxy, scores, similarity, submodular
 from lib.select.last_layer import LastLayer
 from lib.select.pair_cost import curvature_coordinates, full_hessian, pair_cost, top_eigenvalue
 from lib.select.proxy import Proxy, last_layer, load_network, save_network, train_proxy
 from lib.system.errors import CompanionError
-from lib.train import predict
 
 SMALL = Proxy(network="mlp", epochs=3, lr=0.02, batch=16)
 

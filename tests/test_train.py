@@ -11,8 +11,7 @@ from helpers import generator
 
 from lib import augment
 from lib.nets.ensemble import Ensemble
-from lib.system.errors import CompanionError
-from lib.train import (
+from lib.nets.training import (
     EPOCHS_PER_DRAW,
     _Chance,
     batch_loss,
@@ -22,6 +21,7 @@ from lib.train import (
     schedule,
     sgd_steps,
 )
+from lib.system.errors import CompanionError
 
 M, C = 7, 3
 

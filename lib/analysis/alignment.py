@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lib.match.gradient import class_gradients
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import sgd_steps
 from lib.synset import SyntheticSet
-from lib.train import sgd_steps
 
 
 def gradient_alignment(

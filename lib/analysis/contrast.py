@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.match.gradient import class_gradients
 from lib.nets.ensemble import Ensemble, apply
-from lib.train import sgd_steps
+from lib.nets.training import sgd_steps
 
 
 def gradient_vectors(networks: Ensemble, images: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.nets.ensemble import apply
+from lib.nets.training import rows_at_once
 from lib.system.errors import CompanionError, unknown
-from lib.train import rows_at_once
 
 Loss = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]  # v (P,) -> Hv (P,)

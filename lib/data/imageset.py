@@ -15,6 +15,10 @@ from lib.system.errors import CompanionError
 # Differentiable siamese augmentation: all families for natural images, no mirror images of digits (DSA, section 4).
 NATURAL = "color_crop_cutout_flip_scale_rotate"
 DIGITS = "color_crop_cutout_scale_rotate"
+SMALL_SIDE, SMALL_COUNT = (
+    32,
+    20_000,
+)  # what two cores distil in seconds has at most so many pixels a side, and images
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,11 @@ class ImageSet:
     def size(self) -> int:
         """Side of the square images in pixels."""
         return self.images.shape[2]
+
+    @property
+    def small(self) -> bool:
+        """Whether small networks and short runs are the point: at most 32 pixels a side and 20 000 images."""
+        return self.size <= SMALL_SIDE and len(self) <= SMALL_COUNT
 
     @property
     def num_classes(self) -> int:

@@ -11,12 +11,12 @@ from torch import Tensor
 from lib import nets
 from lib.evaluate.protocol import Protocol
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict, schedule, sgd_steps
 from lib.synset import SyntheticSet
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError
 from lib.system.measure import Meter
-from lib.train import predict, schedule, sgd_steps
 
 MAP_BYTES = (
     4 * 2**20

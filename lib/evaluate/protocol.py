@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from lib import augment, nets
+from lib.nets.training import SCHEDULES
 from lib.system.errors import CompanionError, choose, unknown
-from lib.train import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Protocol:
             ``learned_lr`` says so).
         schedule: ``constant``, ``dc`` (a tenth after half, momentum reset), ``steps`` (IDC), ``cosine``.
         augmentation: ``none``, a DSA strategy, or ``data``: the strategy that suits the data set; mode and cutmix as in
-            ``lib.train``.
+            ``lib.nets.training``.
         labels: ``own`` (as stored: hard or soft), or ``hard`` (argmax of soft ones).
         networks: evaluation networks per set; sets: distilled sets, in the paper.
         source: where the protocol is from.

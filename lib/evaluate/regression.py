@@ -21,12 +21,12 @@ from lib.evaluate.networks import MAP_BYTES, MAP_BYTES_CUDA, Evaluation, accurac
 from lib.kernels.fc import SIGMA_B, SIGMA_W
 from lib.kernels.ridge import centred_one_hot
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict
 from lib.synset import SyntheticSet
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError, choose
 from lib.system.measure import Meter
-from lib.train import predict
 
 
 @dataclass(frozen=True)

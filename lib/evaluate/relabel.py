@@ -29,13 +29,13 @@ from lib import nets
 from lib.augment import views
 from lib.evaluate.networks import Evaluation, accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import cosine_schedule, predict, update
 from lib.synset import SyntheticSet, read_safetensors
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError, choose, unknown
 from lib.system.files import write_tensors
 from lib.system.measure import Meter
-from lib.train import cosine_schedule, predict, update
 
 FORMAT = "distillation-companion/soft-labels-1"
 ORDERS = ("keyed", "published")

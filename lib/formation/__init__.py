@@ -40,7 +40,6 @@ __all__ = [
     "bounded",
     "by_class",
     "decode_by_class",
-    "mosaic_or",
 ]
 
 # name in a saved file -> class; its fields are saved beside the name
@@ -50,21 +49,6 @@ DECODERS = {
     "multi-formation": MultiFormation,
     "channel-mix": ChannelMix,
 }
-
-
-def mosaic_or(factor: int, formation):
-    """The formation of a method with a ``factor`` of its own: mosaics from factor 2 on, else ``formation``.
-
-    Raises:
-        CompanionError: if both ask for something.
-    """
-    if factor == 1:
-        return formation
-    if formation != Pixels():
-        raise CompanionError(
-            f"factor {factor} and formation {formation.name!r} both say what is stored: allowed is one, the other 1 or 'pixels'"
-        )
-    return Mosaic(factor)
 
 
 def decode_by_class(formation, stored: Tensor, *learned: Tensor) -> Tensor:

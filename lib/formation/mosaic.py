@@ -73,6 +73,7 @@ class Mosaic:
     """A formation (see ``lib.formation``): every stored image is trained on as the f^2 cells of its mosaic, each enlarged."""
 
     factor: int = 2
+    packing: str = "bilinear"  # how real images are reduced to cells at the start; "nearest" as M3D
     name: str = "mosaic"
     extra_bytes: ClassVar[int] = 0
 
@@ -92,5 +93,5 @@ class Mosaic:
     def check(self, shape: tuple[int, int, int]) -> None:
         check_factor(self.factor, *shape[1:])
 
-    def pack(self, images: Tensor, mode: str = "bilinear") -> Tensor:
-        return mosaics(images, mode)
+    def pack(self, images: Tensor) -> Tensor:
+        return mosaics(images, self.packing)

@@ -9,6 +9,7 @@ from lib.synset import SyntheticSet, class_major
 from lib.system.errors import unknown
 
 INITIAL = ("real", "noise")
+SPACES = ("normalised", "unit")  # in which stored pixels live: that of the data, or [0, 1]
 
 
 def initial_pixels(train, ipc: int, init: str, generator: torch.Generator) -> Tensor:
@@ -21,16 +22,16 @@ def initial_pixels(train, ipc: int, init: str, generator: torch.Generator) -> Te
     raise unknown("init", init, INITIAL)
 
 
-def initial_codes(formation, train, ipc: int, init: str, generator: torch.Generator, **packing) -> Tensor:
+def initial_codes(formation, train, ipc: int, init: str, generator: torch.Generator) -> Tensor:
     """``(C * ipc, c, h, w)``, class-major: where the stored images of a formation (``lib.formation``) start.
 
-    ``init="mix"`` packs real images, each different, into every code (``packing``: options of the formation's ``pack``);
+    ``init="mix"`` packs real images, each different, into every code;
     otherwise see :func:`initial_pixels`.
     """
     formation.check(train.shape)
     formation = formation.on(train.transform)
     if init == "mix":
-        return formation.pack(several_real(train, ipc, formation.multiplicity, generator), **packing)
+        return formation.pack(several_real(train, ipc, formation.multiplicity, generator))
     if init not in INITIAL:
         raise unknown("init", init, [*INITIAL, "mix"])
     return initial_pixels(train, ipc, init, generator)

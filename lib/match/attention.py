@@ -6,27 +6,18 @@ are ``(C,)``, one per class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from lib.match.features import class_mean
+from lib.match.distance import At, Distance, Look
 from lib.system.errors import CompanionError, choose
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What the published versions disagree about."""
-
-    p: int  # exponent of the channel pooling
-    norm: str  # normalisation of the embedding networks, as in a network's name
+POOLED_ROWS = 128  # images whose channels are pooled at once
 
 
-# The hyperparameter table of the paper, and the constants of the released script.
-VARIANTS = {"paper": Variant(4, "instance"), "code": Variant(1, "batch")}
 POOLINGS = {"sum": lambda powers: powers.sum(-3), "max": lambda powers: powers.amax(-3)}
 # "frobenius" as released: it divides by the squared norm, so a map of half the size counts double.
 NORMALISATIONS = {
@@ -87,23 +78,62 @@ def attention_distance(real: Tensor, syn: Tensor, p: float) -> Tensor:
     return mean_distance(attention_map(real, p), attention_map(syn, p))
 
 
-def datadam(
-    real: Sequence[Tensor],
-    syn: Sequence[Tensor],
-    real_embedding: Tensor,
-    syn_embedding: Tensor,
-    p: float,
-    task_balance: float = 0.01,
-    scale: float = 100.0,
-) -> Tensor:
-    r"""$100\,(\mathcal L_{SAM,c} + \lambda\,\mathcal L_{MMD,c})$, ``(C,)``.
+@dataclass(frozen=True)
+class Attention(Distance):
+    r"""DataDAM's $w\sum_{l<L}\lVert\frac1n\sum_i\hat a_l(x_{c,i})-\frac1m\sum_j\hat a_l(s_{c,j})\rVert_2^2$ at every ReLU but
+    the last; terms ``attention1``, ``attention2``, ...
 
-    Args:
-        real, syn: ReLU outputs of every layer *but the last*.
-        real_embedding, syn_embedding: ``(C, n, d)`` and ``(C, m, d)``, flattened output of the convolutional body.
-        p: exponent, see :data:`VARIANTS`.
-        task_balance: $\lambda$, 0.01 (images up to 64 pixels) or 0.02.
-        scale: the factor 100 of the released code, absent in the paper; it acts like a step size.
+    The weight 100 is the released code's; it is absent in the paper, where it would be in the learning rate. Paper and code differ
+    in p: the paper's table says 4, the released script 1.
     """
-    attention = sum(attention_distance(r, s, p) for r, s in zip(real, syn, strict=True))
-    return scale * (attention + task_balance * class_mean(real_embedding, syn_embedding))
+
+    weight: float = 100.0
+    p: float = 4.0
+    layers: tuple[int, ...] | None = None  # ReLUs that are matched, from 1; default all but the last
+    pooling: str = "sum"  # over channels; "max"
+    normalisation: str = "l2"  # of every image's map; l1 | frobenius | none
+    distance: str = "mse"  # of the class means; mae | angle
+
+    def __post_init__(self):
+        choose("attention pooling", self.pooling, POOLINGS)
+        choose("attention normalisation", self.normalisation, NORMALISATIONS)
+        choose("attention distance", self.distance, DISTANCES)
+        if not self.p > 0:
+            raise CompanionError(f"attention exponent p = {self.p} is not allowed: it must be positive")
+        if not 0 < self.weight < float("inf"):
+            raise CompanionError(f"weight {self.weight} of attention is not allowed: it must be positive")
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("act",)
+
+    def check(self, network: nn.Module, ipc: int) -> None:
+        super().check(network, ipc)
+        self.matched(network.depth)
+
+    def matched(self, depth: int) -> tuple[int, ...]:
+        """The ReLUs that are matched, from 1."""
+        layers = tuple(range(1, depth)) if self.layers is None else self.layers
+        if not layers or not set(layers) <= set(range(1, depth + 1)):
+            raise CompanionError(
+                f"attention layers {layers} at depth {depth}: allowed are some of 1 to {depth}"
+            )
+        return layers
+
+    def observe(self, look: Look) -> dict[str, Tensor]:
+        """Of every matched layer the mean attention map, ``(C, 1, h w)``: no channels."""
+        maps, found = look.maps("act"), {}
+        for layer in self.matched(len(maps)):
+            flat = maps[layer - 1].flatten(0, 1)
+            each = [  # in parts: a power of the maps of a whole batch is as large as they are
+                attention_map(part, self.p, self.pooling, self.normalisation)
+                for part in flat.split(POOLED_ROWS)
+            ]
+            found[str(layer)] = torch.cat(each).unflatten(0, maps[layer - 1].shape[:2]).mean(1, keepdim=True)
+        return found
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        return {
+            f"attention{layer}": self.weight * mean_distance(real[layer], syn[layer], self.distance)
+            for layer in real
+        }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.match.gradient import DISTANCES, class_gradients
-from lib.train import rows_at_once
+from lib.nets.training import rows_at_once
 
 
 def union_gradient(

@@ -6,11 +6,13 @@ Embeddings are ``(C, n, d)`` for the real and ``(C, m, d)`` for the synthetic im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lib.system.errors import CompanionError
+from lib.match.distance import At, Distance, Look
+from lib.system.errors import CompanionError, choose
 
 
 def class_mean(real: Tensor, syn: Tensor) -> Tensor:
@@ -42,42 +44,98 @@ def discrimination(real: Tensor, syn: Tensor) -> Tensor:
     return -discrimination_logits(real, syn).log_softmax(-1).diagonal(dim1=0, dim2=2).sum(0)
 
 
-def cafe(real: Sequence[Tensor], syn: Sequence[Tensor], weights: Sequence[float], beta: float) -> Tensor:
-    r"""$\sum_l w_l A_{l,c} + A_{\mathrm{embed},c} + \beta\,\mathcal L_{d,c}$, ``(C,)`` (CAFE, equation 6).
-
-    The flattened last map is the embedding, so the last layer counts $w_L + 1$ times.
-
-    Args:
-        real, syn: maps per layer, ``(C, n, ...)`` and ``(C, m, ...)``.
-        weights: one per layer; released: 0.1, 0.1, 1, 1 for ReLU 1, 2, 3 and the last pooling.
-        beta: weight of the summed discrimination loss; released: 0.01.
-    """
-    if len(weights) != len(real):
-        raise CompanionError(f"{len(weights)} layer weights for {len(real)} layers: allowed is one per layer")
-    per_layer = layer_means(real, syn)
-    aligned = sum(weight * distance for weight, distance in zip(weights, per_layer, strict=True))
-    return aligned + per_layer[-1] + beta * discrimination(real[-1].flatten(2), syn[-1].flatten(2))
-
-
 def class_aware(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of each class's synthetic images, ``(C, m, K)`` and labels ``(C, m)`` or ``(C, 1)`` -> ``(C,)``."""
     labels = labels.expand(logits.shape[:2]).unsqueeze(-1)
     return -logits.log_softmax(-1).gather(-1, labels).squeeze(-1).mean(1)
 
 
-def idm(
-    real: Tensor,
-    syn: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    accuracy: float | Tensor,
-    ce_weight: float = 0.5,
-) -> Tensor:
-    r"""$\lVert\bar e^T_c - \bar e^S_c\rVert^2 + \lambda\,a_\theta\,\overline{\mathrm{CE}}_c$, ``(C,)`` (IDM, arXiv 2307.09742).
+@dataclass(frozen=True)
+class ClassMean(Distance):
+    r"""DM's distance: $w\,\lVert\bar\psi^T_c-\bar\psi^S_c\rVert_2^2$ (:func:`class_mean`); term ``mean``."""
 
-    Args:
-        logits, labels: the sampled network's outputs for the decoded images, ``(C, m, K)``, and their labels ``(C, m)``.
-        accuracy: $a_\theta$, training accuracy of that network in **percent** (0 to 100), 0 if it was never trained.
-        ce_weight: $\lambda$, 0.1 to 3 in the official commands: at full accuracy 0.5 weighs the cross-entropy 50 times.
+    weight: float = 1.0
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        return {"mean": self.weight * class_mean(real["embedding"], syn["embedding"])}
+
+
+@dataclass(frozen=True)
+class LayerMeans(Distance):
+    r"""CAFE's: $\sum_l w_l\,\lVert\bar f^T_{l,c}-\bar f^S_{l,c}\rVert_2^2$ over the maps after every ReLU and after the last pooling.
+
+    Terms ``relu1``, ``relu2``, ..., ``pool``. Published for depth 3. The last ReLU and the pooling keep their weights at every
+    depth: a shallower network drops weights from the front, a deeper one repeats the first.
     """
-    return class_mean(real, syn) + ce_weight * accuracy * class_aware(logits, labels)
+
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)  # ReLU 1, 2, 3, last pooling
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("act",)
+
+    def at_depth(self, depth: int) -> tuple[float, ...]:
+        """Weights of ReLU 1 ... ``depth`` and of the last pooling."""
+        return self.weights[:1] * (depth + 1 - len(self.weights)) + self.weights[-depth - 1 :]
+
+    def observe(self, look: Look) -> dict[str, Tensor]:
+        """Class means of every block's map, ``(C, 1, width, h, w)``, and the embeddings (the last pooling, flattened)."""
+        means = [one.mean(1, keepdim=True) for one in look.maps("act")]
+        return {f"relu{i}": mean for i, mean in enumerate(means, 1)} | {"embedding": look.embedding}
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        *relus, pool = self.at_depth(len(real) - 1)
+        found = {}
+        for i, weight in enumerate(relus, 1):
+            if weight:
+                a, b = real[f"relu{i}"], syn[f"relu{i}"]
+                found[f"relu{i}"] = weight * class_mean(a.flatten(2), b.flatten(2))
+        if pool:
+            found["pool"] = pool * class_mean(real["embedding"], syn["embedding"])
+        return found
+
+
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class Discrimination(Distance):
+    r"""CAFE's $-\beta\sum_i\log\operatorname{softmax}(\langle\psi(x_i),\bar\psi(s_k)\rangle_k)_{y_i}$; term ``discrimination``.
+
+    Paper and code: the code *sums* over the real batch (with weight 0.01), the paper writes the *mean*.
+    """
+
+    weight: float = 0.01
+    reduction: str = "sum"  # "mean": over the real images of all classes
+
+    def __post_init__(self):
+        choose("discrimination", self.reduction, dict.fromkeys(REDUCTIONS))
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        a, b = real["embedding"], syn["embedding"]
+        share = a[..., 0].numel() if self.reduction == "mean" else 1
+        return {"discrimination": self.weight / share * discrimination(a, b)}
+
+
+@dataclass(frozen=True)
+class ClassAware(Distance):
+    r"""IDM's regulariser $\lambda\,a_\theta\,\overline{\mathrm{CE}}_c$: the synthetic images should be recognised by the network, as
+    far as it can recognise anything. Term ``cross-entropy``; the history also shows ``accuracy``.
+
+    $a_\theta$ is the network's training accuracy in **percent** (0 to 100), as in the published code: at full accuracy
+    0.5 weighs the cross-entropy 50 times.
+    """
+
+    weight: float = 0.5
+
+    def check(self, network: nn.Module, ipc: int) -> None:
+        if not hasattr(network, "classifier"):
+            raise CompanionError(
+                f"ClassAware needs a network with a linear classifier, not {type(network).__name__}"
+            )
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        logits = at.network.classifier(syn["embedding"])
+        labels = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+        at.measured["accuracy"] = torch.as_tensor(at.percent, device=logits.device).clone()
+        return {"cross-entropy": self.weight * at.percent * class_aware(logits, labels)}

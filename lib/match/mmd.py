@@ -10,10 +10,13 @@ divides it by $2\sigma^2$.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lib.match.distance import At, Distance
+from lib.match.features import class_mean
 from lib.system.errors import CompanionError, choose
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -153,3 +156,27 @@ def _within_mean(gram: Tensor, biased: bool) -> Tensor:
 def witness(points: Tensor, real: Tensor, syn: Tensor, kernel: Kernel, bandwidth: Tensor | None) -> Tensor:
     r"""$f^*(z) \propto \frac1n\sum_i k(x_i, z) - \frac1m\sum_j k(y_j, z)$ at the points ``(C, k, d)``, ``(C, k)``."""
     return kernel(points, real, bandwidth).mean(-1) - kernel(points, syn, bandwidth).mean(-1)
+
+
+@dataclass(frozen=True)
+class MMD(Distance):
+    r"""M3D's $w\,\mathrm{MMD}^2_c$ (:func:`mmd`, biased); term ``mmd``. With the linear kernel it is DM's distance, term ``mean``."""
+
+    kernel: str = "gaussian"  # of KERNELS
+    bandwidth: float | str = "adaptive"  # the rule of BANDWIDTHS, or a positive number
+    weight: float = 1.0
+
+    def __post_init__(self):
+        choose("kernel", self.kernel, KERNELS)
+        number = isinstance(self.bandwidth, (int, float)) and self.bandwidth > 0
+        if self.bandwidth != "adaptive" and not number:
+            raise CompanionError(
+                f"bandwidth {self.bandwidth!r} is not allowed: 'adaptive' or a positive number"
+            )
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        a, b = real["embedding"], syn["embedding"]
+        if self.kernel == "linear":  # the same number without a Gram matrix
+            return {"mean": self.weight * class_mean(a, b)}
+        bandwidth = None if self.bandwidth == "adaptive" else self.bandwidth
+        return {"mmd": self.weight * mmd(a, b, self.kernel, bandwidth)}

@@ -6,10 +6,16 @@ Feature maps are ``(C, n, K, h, w)`` for the real and ``(C, m, K, h, w)`` for th
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import warnings
+from dataclasses import dataclass
 
-from lib.system.errors import CompanionError
+import torch
+from torch import Tensor, nn
+
+from lib.match.distance import At, Distance, Look
+from lib.match.features import class_mean
+from lib.nets.convnet import TAPS
+from lib.system.errors import CompanionError, choose
 
 EPS = 1e-5  # below the root of every standard deviation, as published
 
@@ -144,3 +150,130 @@ def principal_spread_distance(real: Tensor, syn: Tensor, rank: int | None = None
         target = (real @ axes).std(1)
     gap = (syn @ axes).std(1) - target
     return gap.square().mean(-1) / (target.square().mean(-1) + 1e-8)
+
+
+# -- as distances -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _OfMaps(Distance):
+    """A distance of a statistic of every block's map, averaged over the blocks."""
+
+    weight: float = 1e4
+    tap: str = "act"  # conv | norm | act | pool of every block
+    legacy: bool = False  # the published accumulator's weights of the classes (:func:`accumulation_weights`)
+
+    def __post_init__(self):
+        choose("tap", self.tap, dict.fromkeys(TAPS))
+        _check_weight(self)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return (self.tap,)
+
+    def statistic(self, maps: Tensor) -> Tensor:
+        """Of ``(C, n, K, h, w)`` maps, ``(C, n or 1, ...)``."""
+        raise NotImplementedError
+
+    def observe(self, look: Look) -> dict[str, Tensor]:
+        maps = look.maps(self.tap)
+        with torch.autocast(maps[0].device.type, enabled=False):  # statistics in float32
+            wide = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in maps)
+            return {str(i): self.statistic(one) for i, one in enumerate(wide)}
+
+    def over_layers(self, distances: list[Tensor]) -> Tensor:
+        """The weighted mean of the layers' distances ``(C,)``, or what the published accumulator makes of them."""
+        weights = accumulation_weights(len(distances[0]), len(distances), self.legacy)
+        return self.weight * (weights.to(distances[0]) * sum(distances))
+
+
+@dataclass(frozen=True)
+class Gram(_OfMaps):
+    r"""DDM's correlation matching, $\lambda\frac1L\sum_l\lVert\bar G^T_{l,c}-\bar G^S_{l,c}\rVert_F^2$; term ``gram``."""
+
+    def statistic(self, maps: Tensor) -> Tensor:
+        return mean_gram(maps).unsqueeze(1)  # (C, 1, K, K)
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        found = [class_mean(real[i].flatten(2), syn[i].flatten(2)) for i in real]
+        return {"gram": self.over_layers(found)}
+
+
+@dataclass(frozen=True)
+class Moments(_OfMaps):
+    r"""DDM's moments matching, $\lambda\alpha\frac1L\sum_l d^{MM}_{l,c}$ on the mean map; term ``moments``.
+
+    ``per_image``: the authors' later form, moments of every image relative to the real ones; published with weight 180 at "conv".
+    """
+
+    per_image: bool = False
+
+    def statistic(self, maps: Tensor) -> Tensor:
+        return image_moments(maps) if self.per_image else maps.mean(1, keepdim=True)
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        distance = image_moment_distance if self.per_image else moment_distance
+        return {"moments": self.over_layers([distance(real[i], syn[i]) for i in real])}
+
+
+@dataclass(frozen=True)
+class StyleSpread(_OfMaps):
+    """The spread over images of every image's moments (the authors' later code); term ``spread``, none at one image per class."""
+
+    def check(self, network: nn.Module, ipc: int) -> None:
+        super().check(network, ipc)
+        _warn_of_one(self, ipc)
+
+    def statistic(self, maps: Tensor) -> Tensor:
+        return image_moments(maps)
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        if syn["0"].shape[1] == 1:
+            return {}
+        return {"spread": self.over_layers([style_spread_distance(real[i], syn[i]) for i in real])}
+
+
+@dataclass(frozen=True)
+class Diversity(Distance):
+    r"""DDM's $\beta\,\mathcal L_{ICD,c}$: minus the divergence of every synthetic embedding from the mean of its k nearest
+    neighbours of the same class; term ``diversity``, none at one image per class. Unbounded below.
+
+    ``principal``: the authors' later, bounded form, the spread along the principal axes of the real class.
+    """
+
+    weight: float = 10.0
+    k: int | None = None  # default a fifth of the images per class; published script: 2
+    principal: bool = False
+
+    def __post_init__(self):
+        _check_weight(self)
+
+    def check(self, network: nn.Module, ipc: int) -> None:
+        _warn_of_one(self, ipc)
+        if ipc > 1 and self.k is not None and not 1 <= self.k < ipc:
+            raise CompanionError(
+                f"k = {self.k} nearest neighbours with {ipc} images per class: allowed 1 to {ipc - 1}"
+            )
+
+    def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
+        if syn["embedding"].shape[1] == 1:
+            return {}
+        if self.principal:
+            value = principal_spread_distance(real["embedding"], syn["embedding"])
+        else:
+            value = neighbour_diversity(syn["embedding"], self.k)
+        return {"diversity": self.weight * value}
+
+
+def _check_weight(distance) -> None:
+    if not 0 < distance.weight < float("inf"):
+        raise CompanionError(
+            f"weight {distance.weight} of {type(distance).__name__} is not allowed: it must be positive"
+        )
+
+
+def _warn_of_one(distance, ipc: int) -> None:
+    if ipc == 1:
+        warnings.warn(
+            f"one image per class has no diversity: {type(distance).__name__} is left out", stacklevel=2
+        )

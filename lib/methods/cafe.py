@@ -28,16 +28,15 @@ import torch
 from torch import Tensor
 
 from lib.augment import families
-from lib.formation import by_class
-from lib.match import features
+from lib.match.distance import Distance
+from lib.match.features import ClassMean, Discrimination, LayerMeans
 from lib.methods import dm
-from lib.nets.convnet import ConvNet
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict, sgd_steps
+from lib.recipes import Recipes, published, small
 from lib.synset import class_major
-from lib.system.errors import CompanionError, choose
-from lib.train import predict, sgd_steps
+from lib.system.errors import choose, whole
 
-DISCRIMINATIONS = ("sum", "mean")
 SCHEDULES = ("dynamic", "fixed")
 RATE_DROPS = (
     0.6,
@@ -59,9 +58,7 @@ class CAFE(dm.DM):
     lr: float = 0.1
     init: str = "noise"
     augmentation: str = "none"
-    weights: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)  # ReLU 1, 2, 3, last pooling; see layer_weights
-    beta: float = 0.01  # of the discrimination term
-    discrimination: str = "sum"  # over the real batch (code); "mean" (paper)
+    distance: Distance = ClassMean() + LayerMeans() + Discrimination()  # the embedding counts w_L + 1 times
     schedule: str = "dynamic"  # "fixed": max_outer updates, max_inner epochs between two of them, no queries
     window: int = 10  # query accuracies that are compared
     saturated: float = 0.04  # lambda_1: the outer loop ends below this range
@@ -74,60 +71,15 @@ class CAFE(dm.DM):
     network_batch: int = 256
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        choose("discrimination", self.discrimination, dict.fromkeys(DISCRIMINATIONS))
         choose("schedule", self.schedule, dict.fromkeys(SCHEDULES))
-        for name in ("window", "max_outer", "max_inner", "query"):
-            if getattr(self, name) < 1:
-                raise CompanionError(f"{name} {getattr(self, name)!r} of CAFE is not allowed: at least 1")
-        state = State(**vars(super().begin(train, ipc, generator)))
-        if any(self.weights) and not isinstance(state.network, ConvNet):
-            raise CompanionError(
-                f"CAFE looks into the blocks of a ConvNet, not of {self.network!r}: allowed convnet-..."
-            )
-        return state
-
-    # -- the objective ---------------------------------------------------------------------------------------------------
-
-    def layer_weights(self, depth: int) -> tuple[float, ...]:
-        """Weights of ReLU 1 ... ``depth`` and of the last pooling.
-
-        Published for depth 3. The last ReLU and the pooling keep their weights at every depth: a shallower network drops weights
-        from the front, a deeper one repeats the first.
-        """
-        return self.weights[:1] * (depth + 1 - len(self.weights)) + self.weights[-depth - 1 :]
-
-    def observe(self, network: torch.nn.Module, images: Tensor) -> list[Tensor]:
-        """Class means of every block's map after the ReLU, ``(C, 1, width, h, w)``, and the embeddings ``(C, n, d)``."""
-        if not any(self.weights):
-            return super().observe(network, images)
-        maps, embedding = network.look(images.flatten(0, 1), "act")
-        means = [by_class(one, len(images)).mean(1, keepdim=True) for one in maps]
-        return [*means, by_class(embedding, len(images))]
-
-    def terms(self, state: State, real: list[Tensor], syn: list[Tensor]) -> dict[str, Tensor]:
-        """Weighted: ``mean`` (the embedding, as in DM), ``relu1`` ..., ``pool`` and ``discrimination``."""
-        *maps, embedding = real
-        *syn_maps, syn_embedding = syn
-        found = super().terms(state, [embedding], [syn_embedding])
-        if maps:
-            *relus, pool = self.layer_weights(len(maps))
-            for i, (weight, a, b) in enumerate(zip(relus, maps, syn_maps, strict=True), 1):
-                if weight:
-                    found[f"relu{i}"] = weight * features.class_mean(a.flatten(2), b.flatten(2))
-            if pool:
-                found["pool"] = pool * found["mean"]
-        if self.beta:
-            share = embedding[..., 0].numel() if self.discrimination == "mean" else 1
-            found["discrimination"] = self.beta / share * features.discrimination(embedding, syn_embedding)
-        return found
-
-    # -- the loops -------------------------------------------------------------------------------------------------------
+        whole(self, window=1, max_outer=1, max_inner=1, query=1)
+        return State(**vars(super().begin(train, ipc, generator)))
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """The life of one network."""
         drops = sum(state.done >= part * self.iterations for part in RATE_DROPS)
         state.optimiser.param_groups[0]["lr"] = self.lr * 0.5**drops
-        network = self.encoder(state, generator)
+        network = self.networks.draw(state.supply, generator)
         updates, outer, inner = [], [], []
 
         for t in range(self.max_outer):
@@ -205,10 +157,12 @@ _SMALL = CAFE(
 _PHOTOS = replace(
     _SMALL, iterations=3, real_batch=32, network="convnet-d3-w32", init="real", max_outer=8, max_inner=8
 )
-PRESETS = {
-    "digits": _SMALL,
-    "photos16": _PHOTOS,
-    "photos32": _PHOTOS,
-    "paper": CAFE(),  # the script is for CIFAR-10; no other setting is published for Fashion-MNIST and CIFAR-100
-    "paper-dsa": CAFE(augmentation="data"),
-}
+_SCRIPT = "published script, which is CIFAR-10's; no other setting is published"
+RECIPES = Recipes(
+    small("digits", _SMALL),
+    small("photos16 photos32", _PHOTOS),
+    published("fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(), "dc", _SCRIPT),
+    published(
+        "fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(augmentation="data"), "dsa", _SCRIPT, variant="DSA"
+    ),
+)

@@ -26,10 +26,10 @@ from lib.formation import Pixels, by_class, decode_by_class
 from lib.formation.start import initial_codes, pixel_set
 from lib.match.gradient import DISTANCES, matching_step
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict_embeddings, sgd_steps
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import choose
-from lib.train import predict_embeddings, sgd_steps
 
 # IPC -> (matching steps T per network, epochs of network training between two of them); appendix and code
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}

@@ -6,6 +6,10 @@ $$\min_{\mathcal S}\ \mathbb E_{\theta,\omega}\ \sum_c \Big\lVert \tfrac1n\sum_i
 with a new random network $\psi_\theta$ (flattened output of the convolutional body) at every step, never trained.
 Sum over classes and over features; the published code prints the loss divided by the number of classes, but optimises this one.
 Differs from the published code: random numbers come from one explicit generator (that code re-seeds from the clock).
+
+The relatives of DM are other values of the same fields: what is compared (``distance``, ``lib.match``), in which networks
+(``networks``, ``lib.nets.supply``), what a stored image is trained on as (``formation``), which real images are looked at
+(``sampler``). The step is written once, here.
 """
 
 from __future__ import annotations
@@ -19,12 +23,18 @@ from torch import Tensor
 
 from lib import augment, nets
 from lib.augment import augment_by_class, families
-from lib.formation import Pixels, by_class, decode_by_class
-from lib.formation.start import initial_codes, pixel_set
-from lib.match import features
+from lib.data.imageset import ImageSet
+from lib.formation import Pixels, at_most, by_class, decode_by_class
+from lib.formation.start import SPACES, initial_codes, pixel_set
+from lib.match.distance import At, Distance, Look
+from lib.match.features import ClassMean
+from lib.nets.supply import Fresh
+from lib.nets.training import rows_at_once
+from lib.optim.sequential import sequential_rates
+from lib.recipes import Recipes, published, small
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet
-from lib.train import rows_at_once
+from lib.system.errors import choose, positive, whole
 
 REAL_ROWS = 4096  # at most so many real images per forward pass, where no batch norm mixes them
 
@@ -35,22 +45,16 @@ class State:
 
     pixels: Tensor
     optimiser: torch.optim.Optimizer
-    train: object = field(metadata={"constant": True})
-    network: torch.nn.Module = field(
-        metadata={"constant": True}
-    )  # an architecture; its weights are drawn at every step
+    supply: Any  # what the supply of networks keeps
+    compared: Any  # what the distance keeps
+    train: ImageSet = field(metadata={"constant": True})
     ipc: int = field(metadata={"constant": True})
-    memory: Memory = field(default_factory=Memory, kw_only=True)  # of the sampler
+    memory: Memory = field(default_factory=Memory)  # of the sampler
 
 
 @dataclass(frozen=True)
 class DM:
-    """Hyper-parameters of section 4.1 and of the published commands.
-
-    The methods that differ from DM by their objective override :meth:`observe` (what is looked at in the network) and
-    :meth:`terms` (how the real and the synthetic observations are compared); some also the network, the initial images, the
-    images that are made of what is stored, or the transform. The step is written once, here.
-    """
+    """Hyper-parameters of section 4.1 and of the published commands."""
 
     iterations: int = 20_000
     lr: float = 1.0  # of the pixels; 10 from IPC 100 on (CIFAR-10)
@@ -59,67 +63,79 @@ class DM:
     network: str = "convnet-d3-w128"
     init: str = "real"
     augmentation: str = "data"  # "data": the data set's DSA strategy; "none"
-    mixed: bool = False  # observe the real images in bfloat16 (they carry no gradient)
+    mixed: bool = False  # real images in bfloat16
     mode: str = (
         "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
     )
+    distance: Distance = ClassMean()  # what is compared (lib.match.distance)
+    networks: Any = Fresh()  # which network a step looks at (lib.nets.supply)
     formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
     sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
+    most: int | None = (
+        None  # at most so many decoded images of a class are compared, drawn anew at every step
+    )
+    space: str = "normalised"  # of the stored pixels; "unit": [0, 1], clamped before every step
+    sequential: bool = (
+        False  # the joint step that equals one optimiser step per class in turn (lib.optim.sequential)
+    )
+
+    def __post_init__(self) -> None:
+        choose("pixel space", self.space, dict.fromkeys(SPACES))
+        positive(self, "lr")
+        whole(self, iterations=0, real_batch=1)
 
     def total_steps(self, ipc: int) -> int:
         return self.iterations
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        pixels = initial_codes(self.decoder, train, ipc, self.init, generator).requires_grad_()
-        optimiser = torch.optim.SGD([pixels], lr=self.lr, momentum=self.momentum)
-        return State(pixels, optimiser, train, nets.make(self.network, train), ipc)
+    def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
+        pixels = initial_codes(self.formation, train, ipc, self.init, generator)
+        if self.space == "unit":
+            pixels = train.transform.inverse(pixels)
+        lr, momentum = self.lr, self.momentum
+        if self.sequential:
+            lr, momentum = sequential_rates(lr, momentum, train.num_classes)
+        optimiser = torch.optim.SGD([pixels.requires_grad_()], lr=lr, momentum=momentum)
+        supply = self.networks.begin(self.network, train, generator)
+        self.distance.check(supply.network, ipc)
+        return State(pixels, optimiser, supply, self.distance.begin(train, generator), train, ipc)
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of all images."""
-        return self.match(state, self.encoder(state, generator), generator)
+        if self.space == "unit":
+            with torch.no_grad():
+                state.pixels.clamp_(0, 1)
+        network = state.supply.network
+        if self.distance.looks:
+            network = self.networks.draw(state.supply, generator)
+        metrics = self.match(state, network, generator)
+        self.networks.after(state.supply, state.train, generator)
+        return metrics
 
     def match(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Update the images by the distance that one network sees."""
-        train = state.train
         real = self.real(state, network, generator)  # (C, n, c, h, w)
-        real, syn = self.transform(real, self.images(state, generator), train, generator)
+        real, syn = self.transform(real, self.images(state, generator), state.train, generator)
 
         with torch.no_grad(), torch.autocast(real.device.type, torch.bfloat16, enabled=self.mixed):
             target = self.observe_real(network, real)
-        terms = self.terms(state, target, self.observe(network, syn))
+        current = self.distance.observe(Look(network, syn, self.distance.taps))
+        at = At(network, state.supply.percent, generator, state.compared)
+        terms = self.distance.terms(target, current, at)
         loss = sum(term.sum() for term in terms.values())
 
         state.optimiser.zero_grad()
         loss.backward()
         state.optimiser.step()
         parts = {name: term.detach().sum() for name, term in terms.items()} if len(terms) > 1 else {}
-        return {"loss": loss.detach()} | parts
-
-    def observe(self, network: torch.nn.Module, images: Tensor) -> list[Tensor]:
-        """What the network shows of ``(C, n, c, h, w)`` images: tensors ``(C, n, ...)``, here the embeddings.
-
-        A mean over the images of a class is written ``(C, 1, ...)``: real batches come in parts of equal size, so the mean of
-        the parts' means is the mean of the batch, and no map of a whole batch need be kept.
-        """
-        return [by_class(network.embed(images.flatten(0, 1)), len(images))]
-
-    def terms(self, state: State, real: list[Tensor], syn: list[Tensor]) -> dict[str, Tensor]:
-        """The summands of the objective by name, each ``(C,)``; with more than one, each is in the history."""
-        return {"mean": features.class_mean(real[0], syn[0])}
-
-    def encoder(self, state: State, generator: torch.Generator) -> torch.nn.Module:
-        r"""The network $\psi_\theta$ of this step: a new one."""
-        return nets.initialise(state.network, generator).train().requires_grad_(False)
-
-    @property
-    def decoder(self):
-        """The formation in use."""
-        return self.formation
+        return {"loss": loss.detach()} | parts | at.measured
 
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The synthetic images that are compared, ``(C, m, c, h, w)``: what the stored ones are decoded to."""
-        stored = by_class(state.pixels, state.train.num_classes)
-        return decode_by_class(self.decoder.on(state.train.transform), stored)
+        pixels = state.train.transform.forward(state.pixels) if self.space == "unit" else state.pixels
+        decoded = decode_by_class(
+            self.formation.on(state.train.transform), by_class(pixels, state.train.num_classes)
+        )
+        return decoded if self.most is None else at_most(decoded, self.most, generator)
 
     def real(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> Tensor:
         """The real batch of every class, ``(C, n, c, h, w)``."""
@@ -129,7 +145,7 @@ class DM:
         )
 
     def transform(
-        self, real: Tensor, syn: Tensor, train, generator: torch.Generator
+        self, real: Tensor, syn: Tensor, train: ImageSet, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         r"""$\mathcal A_\omega$ with one $\omega$ per class, shared by its real and synthetic images."""
         if names := families(self.augmentation, train):
@@ -137,24 +153,36 @@ class DM:
             real, syn = augment_by_class(real, omega), augment_by_class(syn, omega)
         return real, syn
 
-    def observe_real(self, network: torch.nn.Module, real: Tensor) -> list[Tensor]:
-        """:meth:`observe` in float32 and in parts of equal size; a batch norm sees all classes at once, as published."""
+    def observe_real(self, network: torch.nn.Module, real: Tensor) -> dict[str, Tensor]:
+        """What the distance keeps of the real batch, in float32 and in parts of equal size; a batch norm sees all classes at
+        once, as published."""
+
+        def observe(images: Tensor) -> dict[str, Tensor]:
+            return self.distance.observe(Look(network, images, self.distance.taps))
+
         classes, count = real.shape[:2]
         if nets.has_batch_norm(network):
-            return [tensor.float() for tensor in self.observe(network, real)]
+            return {name: tensor.float() for name, tensor in observe(real).items()}
         rows = min(REAL_ROWS, rows_at_once(network, real[0]))
         if rows >= count:
-            groups = [self.observe(network, group) for group in real.split(rows // count)]
+            groups = [observe(group) for group in real.split(rows // count)]
         else:
             size = equal_parts(count, rows)
-            groups = []
-            for c in range(classes):
-                parts = [self.observe(network, part) for part in real[c : c + 1].split(size, 1)]
-                groups.append([torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)])
-        return [torch.cat(tensors).float() for tensors in zip(*groups, strict=True)]
+            groups = [
+                _joined([observe(part) for part in real[c : c + 1].split(size, 1)], 1) for c in range(classes)
+            ]
+        return {name: tensor.float() for name, tensor in _joined(groups, 0).items()}
 
     def finish(self, state: State) -> SyntheticSet:
-        return pixel_set(state.pixels, state.train, state.ipc, self.decoder)
+        with torch.no_grad():
+            pixels = state.pixels
+            if self.space == "unit":
+                pixels = state.train.transform.forward(pixels.clamp(0, 1))
+            return pixel_set(pixels, state.train, state.ipc, self.formation)
+
+
+def _joined(parts: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
 
 
 @torch.no_grad()
@@ -169,13 +197,25 @@ def equal_parts(count: int, most: int) -> int:
     return size if 4 * size >= min(count, most) else count
 
 
-_CIFAR = DM()
-# Published settings (card: official commands; the same for MNIST, FashionMNIST, SVHN, CIFAR-10/100 at IPC 1, 10 and 50).
-PRESETS = {
-    "digits": DM(iterations=200, real_batch=64, network="convnet-d2-w32", augmentation="none"),
-    "photos16": DM(iterations=300, real_batch=64, network="convnet-d3-w32"),
-    "photos32": DM(iterations=300, real_batch=64, network="convnet-d3-w32"),
-    "paper": _CIFAR,
-    "paper-ipc100": replace(_CIFAR, lr=10.0),
-    "paper-tinyimagenet": replace(_CIFAR, network="convnet-d4-w128"),
-}
+_PAPER = DM()
+_SMALL = DM(iterations=300, real_batch=64, network="convnet-d3-w32")
+_COMMANDS = "section 4.1 and the published commands"
+RECIPES = Recipes(
+    small("digits", DM(iterations=200, real_batch=64, network="convnet-d2-w32", augmentation="none")),
+    small("photos16 photos32", _SMALL),
+    published("mnist fashionmnist svhn cifar10 cifar100", (1, 10, 50), _PAPER, "dsa", _COMMANDS),
+    published(
+        "cifar10",
+        (100, 200, 500, 1000, 1250),
+        replace(_PAPER, lr=10.0),
+        "dsa",
+        "section 4.2: rate 10 from IPC 100 on",
+    ),
+    published(
+        "tinyimagenet",
+        (1, 10, 50),
+        replace(_PAPER, network="convnet-d4-w128"),
+        "dsa",
+        "section 4.1: a fourth block",
+    ),
+)

@@ -31,9 +31,9 @@ from lib.methods import dc, idc
 from lib.methods.dc import DC
 from lib.methods.idc import IDC
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict_embeddings
 from lib.select.sampler import Representative
 from lib.system.errors import CompanionError
-from lib.train import predict_embeddings
 
 
 class RepresentativeStart:

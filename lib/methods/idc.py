@@ -30,10 +30,10 @@ from lib.formation import MultiFormation, Pixels, at_most, bounded, by_class, de
 from lib.formation.start import pixel_set
 from lib.methods import dc
 from lib.methods.dsa import DSA
+from lib.nets.training import sgd, sgd_steps
 from lib.optim.sequential import sequential_rates
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError, unknown
-from lib.train import sgd, sgd_steps
 
 INNER_DATA = ("real", "syn")
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict_embeddings
 from lib.select.greedy import herding, k_center
 from lib.select.proxy import Proxy, train_proxy
 from lib.synset import SyntheticSet
 from lib.system.errors import unknown
-from lib.train import predict_embeddings
 
 FEATURES = ("proxy", "random", "pixels")
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from lib import augment, nets
 from lib.augment import views
+from lib.nets.training import cosine_schedule
 from lib.synset import read_safetensors
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError, unknown
 from lib.system.files import write_tensors
-from lib.train import cosine_schedule
 
 FORMAT = "distillation-companion/teacher-1"
 TORCHVISION = "torchvision-"  # names of networks with torchvision's stem, "-tiny" at the end: the one of WMDD's Tiny-ImageNet

@@ -15,6 +15,7 @@ from lib.evaluate.networks import accuracy, network_seed
 from lib.evaluate.relabel import LabelStore, half_logits, label_bytes, train_by_distillation
 from lib.match.batchnorm import Watch
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import predict
 from lib.recover.blocks import Prepared, class_images
 from lib.recover.teacher import frozen, make_teacher
 from lib.scale.plan import Run, real, same_data, transform_of
@@ -22,7 +23,6 @@ from lib.scale.squeeze import squeeze
 from lib.scale.store import read, save, save_summary
 from lib.scale.units import Unit, blocks, method, needs, recipe, trainings, units
 from lib.synset import SyntheticSet, class_major
-from lib.train import predict
 
 
 def compute(run: Run, one: Unit, device: torch.device) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from lib import nets
 from lib.nets.ensemble import Ensemble
+from lib.nets.training import _Chance, predict_embeddings, sgd_steps
 from lib.select.last_layer import LastLayer
 from lib.synset import read_safetensors
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError
 from lib.system.files import write_tensors
-from lib.train import _Chance, predict_embeddings, sgd_steps
 
 
 @dataclass(frozen=True)

@@ -23,3 +23,18 @@ def choose(kind: str, value: str, table: dict):
     if value not in table:
         raise unknown(kind, value, table)
     return table[value]
+
+
+def positive(value, *names: str) -> None:
+    """Refuse fields that are not positive."""
+    for name in names:
+        if not getattr(value, name) > 0:
+            raise CompanionError(f"{name} {getattr(value, name)!r} is not allowed: it must be positive")
+
+
+def whole(value, **least: int) -> None:
+    """Refuse fields that are not whole numbers of at least so much."""
+    for name, smallest in least.items():
+        number = getattr(value, name)
+        if isinstance(number, bool) or not isinstance(number, int) or number < smallest:
+            raise CompanionError(f"{name} must be a whole number of at least {smallest}, not {number!r}")

@@ -17,8 +17,8 @@ from lib.match import barycenter as ot
 from lib.match import batchnorm
 from lib.methods.sre2l import SRe2L
 from lib.methods.wmdd import WMDD
+from lib.nets.training import cosine_schedule
 from lib.recover.blocks import Prepared
-from lib.train import cosine_schedule
 
 HERE = Path(__file__).parent
 IMAGENET = Standardise(
