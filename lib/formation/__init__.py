@@ -26,7 +26,6 @@ from lib.formation.channels import CYCLES, PLANES, ChannelMix
 from lib.formation.mosaic import Mosaic
 from lib.formation.pixels import Pixels
 from lib.formation.tiles import MultiFormation, bounded
-from lib.system.errors import CompanionError
 
 __all__ = [
     "CYCLES",
