@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import mmap
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import torch
 
 from lib.system import errors, files
 from lib.system.cache import digest, stored
-from lib.system.code import closure, code_digest, module_files, notebook_code
+from lib.system.code import closure, code_digest, meaning, module_files, notebook_code
 from lib.system.device import resolve_device
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, atomic, cache_dir, inside, write_tensors, write_text
@@ -201,20 +203,96 @@ def test_code_digest_sees_every_imported_file(project):
     seen = {before}
     for name in ("a.py", "b/__init__.py", "b/deep.py", "c.py", "__init__.py"):
         with open(project / "lib" / name, "a") as file:
-            file.write("# another line\n")
+            file.write("another = 1\n")
         seen.add(code_digest("lib.a", root=project))
     assert len(seen) == 6
     (project / "lib/c.py").write_text("from lib import d\n")
     assert project / "lib/d.py" in module_files("lib.a", project)
 
 
+def test_a_file_named_beside_its_module_counts(project):
+    (project / "lib/c.py").write_text(
+        'from pathlib import Path\nTABLE = Path(__file__).with_name("facts.csv")\n'
+    )
+    (project / "lib/facts.csv").write_text("a,b\n")
+    assert project / "lib/facts.csv" in module_files("lib.a", project)
+    before = code_digest("lib.a", root=project)
+    (project / "lib/facts.csv").write_text("a,c\n")
+    assert code_digest("lib.a", root=project) != before
+
+
+SOURCE = '''"""A module."""
+import os
+
+class A:
+    """A class."""
+    x = 1
+
+    def f(self, a):
+        """A function."""
+        return a + 1  # one more
+
+async def g():
+    """Alone."""
+'''
+
+
+def test_meaning_is_the_tree_without_docstrings_comments_and_layout(tmp_path):
+    path = tmp_path / "m.py"
+
+    def of(text: str) -> str:
+        path.write_text(text)
+        return meaning(path)
+
+    same = [
+        SOURCE,
+        SOURCE.replace("A module.", "Another text.\n\nLonger."),
+        SOURCE.replace('"""A module."""\n', ""),
+        SOURCE.replace("A class.", "b").replace("A function.", "c").replace("Alone.", "d"),
+        SOURCE.replace("  # one more", "\n        # two more"),
+        SOURCE.replace("a + 1", "(a+1)"),
+    ]
+    assert len({of(text) for text in same}) == 1
+    other = [
+        SOURCE.replace("a + 1", "a + 2"),
+        SOURCE.replace("x = 1", '"""Not first: a statement."""'),
+        SOURCE.replace("return a + 1", 'return """text"""'),
+        SOURCE.replace("import os", "import os\n'a string that documents nothing'"),
+        SOURCE.replace('"""A function."""', 'f"""A function."""'),
+    ]
+    assert len({of(text) for text in (SOURCE, *other)}) == len(other) + 1
+    path.write_text("def f(:\n")
+    with pytest.raises(CompanionError, match="m.py is no Python: .*line 1"):
+        meaning(path)
+
+
+def test_no_comment_in_the_library_changes_a_digest(tmp_path):
+    """Changed texts of a file that everything imports alter no key of the cache; a changed statement alters all."""
+    shutil.copytree(ROOT / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
+    names, path = (
+        ("lib.methods.dm", "lib.distill", "lib.evaluate.networks"),
+        tmp_path / "lib/system/errors.py",
+    )
+
+    def digests() -> list[str]:
+        assert all(path in module_files(name, tmp_path) for name in names)
+        return [code_digest(name, root=tmp_path) for name in names]
+
+    before, text = digests(), path.read_text()
+    first = ast.get_docstring(ast.parse(text), clean=False)
+    path.write_text("# a comment\n" + text.replace(first, "Other words."))
+    assert digests() == before
+    path.write_text(text + "\nVALUE = 1\n")
+    assert all(was != now for was, now in zip(before, digests(), strict=True))
+
+
 def test_code_digest_of_the_real_methods():
     files = {p.relative_to(ROOT).as_posix() for p in module_files("lib.methods.dm")}
-    assert {"lib/methods/dm.py", "lib/match/features.py", "lib/augment.py", "lib/nets/convnet.py"} <= files
+    wanted = {"lib/methods/dm.py", "lib/match/features.py", "lib/augment/__init__.py", "lib/nets/convnet.py"}
+    assert wanted <= files
     assert "lib/methods/dc.py" not in files and "lib/companion/run.py" not in files
     assert code_digest("lib.methods.dm") != code_digest("lib.methods.dc")
-    dsa = {p.name for p in module_files("lib.methods.dsa")}
-    assert "dc.py" in dsa
+    assert "dc.py" in {p.name for p in module_files("lib.methods.dsa")}
 
 
 def test_notebooks(project):
@@ -224,10 +302,25 @@ def test_notebooks(project):
         {"cell_type": "code", "source": "print(x)"},
     ]
     path = project / "n.ipynb"
-    path.write_text(json.dumps({"cells": cells}))
+
+    def of(cells: list[dict]) -> str:
+        path.write_text(json.dumps({"cells": cells}))
+        return meaning(path)
+
+    before = of(cells)
     assert notebook_code(path) == "from lib import c\nx = 1\nprint(x)"
     found = {p.relative_to(project).as_posix() for p in closure([path], project)}
     assert "lib/c.py" in found and "lib/a.py" in found and "lib/d.py" not in found
+    commented = {"cell_type": "code", "source": "# what it is\nprint(x)", "outputs": ["3"]}
+    assert of([cells[1], commented]) == before
+    joined = {
+        "cell_type": "code",
+        "source": ["%matplotlib inline\n", "from lib import c\n", "!ls\n", "x = 1\n", "print(x)"],
+    }
+    changed = {"cell_type": "code", "source": "print(2 * x)"}
+    magic = {"cell_type": "code", "source": "%time\nprint(x)"}
+    others = [of(some) for some in ([joined], [cells[1], changed], [cells[1], magic])]
+    assert len({before, *others}) == 4
 
 
 # -- errors, devices, measuring -----------------------------------------------------------------------------------------

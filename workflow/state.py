@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from lib.system.code import closure, notebook_code
+from lib.system.code import closure, meaning
 from workflow.table import Request, Table, parameters_for, parameters_of
 
 EXECUTED, FAILED = "executed.ipynb", "executed.failed.ipynb"
@@ -39,9 +39,9 @@ def fingerprint(root: Path, table: Table, request: Request, name: str) -> dict:
     """Everything a result depends on: code cells, parameters, imported files of ``lib``, tables read."""
     path = source(root, name)
     return {
-        "code": hashlib.sha256(notebook_code(path).encode()).hexdigest(),
+        "code": meaning(path),
         "parameters": parameters_for(request, parameters_of(path)),
-        "lib": {file.relative_to(root).as_posix(): _sha256(file) for file in closure([path], root)},
+        "lib": {file.relative_to(root).as_posix(): meaning(file) for file in closure([path], root)},
         "reads": {
             file.parent.name: _sha256(file)
             for file in tables_read(root, table, request, name)

@@ -1,7 +1,7 @@
-"""Which files of ``lib`` a notebook or module depends on, found from its import statements without running anything.
+"""Which files of ``lib`` a notebook or module depends on, and what their code means, found without running anything.
 
 Two things ask: the workflow (re-run a notebook only when code it imports changed) and the cache (a stored result is valid
-only for the code that made it).
+only for the code that made it). What counts is the syntax tree: comments, layout and docstrings may change freely.
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lib.system.errors import CompanionError
 from lib.system.files import ROOT
+
+FILE_NAME = re.compile(r"^[\w-]+\.(?!py$)\w+$")  # a string that may name a file beside its module
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def notebook_code(path: Path) -> str:
     """The code cells of a notebook joined as one module, notebook magics dropped."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    source = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    return "\n".join(
-        line for cell in source for line in cell.splitlines() if not line.lstrip().startswith(("%", "!"))
-    )
+    return "\n".join(line for cell in _cells(path) for line in cell.splitlines() if not _magic(line))
 
 
 def closure(paths: Iterable[Path | str], root: Path = ROOT) -> list[Path]:
-    """Every file under ``lib/`` that the given Python files or notebooks import, directly or not, sorted."""
+    """Every file under ``lib/`` that the given Python files or notebooks import, directly or not, sorted; with the files of
+    other kinds that such a module names and that lie beside it (a table, a style)."""
     todo, seen = [Path(path) for path in paths], set()
     while todo:
         path = todo.pop()
-        for found in _imports(path, path.stat().st_mtime_ns, root):
+        for found in _uses(path, path.stat().st_mtime_ns, root):
             if found not in seen:
                 seen.add(found)
                 todo.append(found)
@@ -44,26 +46,73 @@ def module_files(name: str, root: Path = ROOT) -> list[Path]:
 
 
 def code_digest(*names: str, root: Path = ROOT) -> str:
-    """SHA-256 over the sources of the named modules and of everything in ``lib`` that they import."""
+    """SHA-256 over the :func:`meaning` of the named modules and of everything in ``lib`` that they import."""
     files = sorted({file for name in names for file in module_files(name, root)})
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        digest.update(f"{file.relative_to(root).as_posix()} {meaning(file)}\n".encode())
     return digest.hexdigest()
 
 
+def meaning(path: Path) -> str:
+    """SHA-256 of what a file does: of its syntax tree without docstrings, for a notebook that of its code cells with their
+    boundaries and magics; of all bytes for a file of another kind. Trees of different Python versions may differ.
+
+    Raises:
+        CompanionError: the file is no Python.
+    """
+    return _read(path, path.stat().st_mtime_ns)[0]
+
+
 @functools.cache
-def _imports(path: Path, _changed: int, root: Path) -> tuple[Path, ...]:
-    """Direct imports from ``lib``; the modification time is part of the cache key."""
-    source = notebook_code(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+def _read(path: Path, _changed: int) -> tuple[str, frozenset[str], frozenset[str]]:
+    """Meaning, names imported from ``lib``, file names among the strings; the time of change is part of the cache's key."""
+    if path.suffix not in (".py", ".ipynb"):
+        return hashlib.sha256(path.read_bytes()).hexdigest(), frozenset(), frozenset()
+    notebook = path.suffix == ".ipynb"
+    digest, imported, names = hashlib.sha256(), set(), set()
+    for source in _cells(path) if notebook else [path.read_text(encoding="utf-8")]:
+        lines = source.splitlines()
+        magics = [line for line in lines if notebook and _magic(line)]
+        try:
+            tree = ast.parse("\n".join(line for line in lines if line not in magics))
+        except SyntaxError as error:
+            raise CompanionError(f"{path} is no Python: {error.msg}, line {error.lineno}") from error
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+            imported.update(_imports(node))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and not notebook:
+                names.update(FILE_NAME.findall(node.value))
+        digest.update("\0".join([ast.dump(tree), *magics, ""]).encode())
+    return digest.hexdigest(), frozenset(imported), frozenset(names)
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
     names = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            # "from lib.match import features" may name a submodule
-            names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-    return tuple(file for name in names if name.split(".")[0] == "lib" for file in _files_of(name, root))
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        # "from lib.match import features" may name a submodule
+        names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return (name for name in names if name.split(".")[0] == "lib")
+
+
+@functools.cache
+def _uses(path: Path, changed: int, root: Path) -> tuple[Path, ...]:
+    """The files that ``path`` names itself."""
+    _, imported, names = _read(path, changed)
+    modules = [file for name in imported for file in _files_of(name, root)]
+    return (*modules, *(path.with_name(name) for name in names if path.with_name(name).is_file()))
+
+
+def _cells(path: Path) -> list[str]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def _magic(line: str) -> bool:
+    return line.lstrip().startswith(("%", "!"))
 
 
 def _files_of(name: str, root: Path) -> list[Path]:
