@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import lib.data
-from lib.data import folders, images, memory
+from lib.data import fashion, folders, images, memory
 from lib.data.imageset import DIGITS, NATURAL
 from lib.data.subsets import CLASSES, SUBSETS, class_names, phase, positions
 from lib.system.errors import CompanionError
@@ -40,6 +40,10 @@ def write_idx(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_mnist(root, name="MNIST", n=(30, 20)):
@@ -109,8 +113,10 @@ def check_half(half, pixels, labels):
 
 @pytest.mark.parametrize("name, folder, mean, std", [("mnist", "MNIST", 0.1307, 0.3081),
                                                      ("fashionmnist", "FashionMNIST", 0.2861, 0.3530)])  # fmt: skip
-def test_mnist_and_fashion(tmp_path, name, folder, mean, std):
+def test_mnist_and_fashion(tmp_path, monkeypatch, name, folder, mean, std):
     halves = write_mnist(tmp_path, folder)
+    known = {key: (file, sha(tmp_path / folder / "raw" / file)) for key, (file, _) in fashion.FILES.items()}
+    monkeypatch.setattr(fashion, "FILES", known)
     data = lib.data.load(name, root=tmp_path)
     check_half(data.train, *halves["train"])
     check_half(data.test, *halves["t10k"])
@@ -163,6 +169,7 @@ def test_a_pickle_with_another_checksum_is_never_opened(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mnist", "fashionmnist", "svhn", "cifar10", "cifar100"])
 def test_missing_torchvision_data(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(fashion, "INSTALLED", tmp_path / "no package")
     monkeypatch.delenv("COMPANION_DOWNLOAD", raising=False)
     refused(
         lambda: lib.data.load(name, root=tmp_path),

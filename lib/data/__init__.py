@@ -65,7 +65,7 @@ def load(
     """A data set as tensors on one device.
 
     Args:
-        name: ``digits``, ``photos16``, ``photos32`` (installed with the environment); ``mnist``, ``fashionmnist``,
+        name: ``digits``, ``fashion14``, ``photos16``, ``photos32`` (installed with the environment); ``mnist``, ``fashionmnist``,
             ``svhn``, ``cifar10``, ``cifar100``; ``tinyimagenet``, ``imagenet``, a named subset such as ``imagenette``;
             ``folder:/path`` for a folder of class folders (layouts: :mod:`lib.data.folders`).
         root: where data sets lie; default ``$COMPANION_DATA``, else ``data`` in the project.

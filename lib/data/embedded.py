@@ -1,7 +1,10 @@
-"""Real data that is already installed: scikit-learn's digits, and crops of ten colour photographs.
+"""Real data that is already installed: scikit-learn's digits, a part of Fashion-MNIST, and crops of ten colour photographs.
 
 ``digits``: 1797 grey 8x8 images, pixels / 16, in the split of scikit-learn's
 ``train_test_split(X, y, test_size=360, random_state=0, stratify=y)`` (1437 / 360).
+
+``fashion14``: 1000 training and 200 test images of each class of Fashion-MNIST (MIT licence), reduced to 14x14 by
+:mod:`lib.data.fashion14`; a ConvNet's first layer pads them to 16.
 
 ``photos32`` and ``photos16``: which of ten photographs is a small crop from? Each photograph is cut into blocks of
 64 px; every fourth block in a shuffled order belongs to the test half; crops of 32 px lie inside one block, so no test
@@ -26,11 +29,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lib.data.fashion import CLASSES as FASHION
 from lib.data.imageset import DIGITS
 from lib.data.source import Source, to_unit
 from lib.system.errors import CompanionError
 
-NAMES = ("digits", "photos16", "photos32")
+NAMES = ("digits", "fashion14", "photos16", "photos32")
 
 BLOCK, CROP, TRAIN_STRIDE = 64, 32, 8
 TRAIN_PER_CLASS, MOST_TEST_PER_CLASS = 400, 60
@@ -58,6 +62,8 @@ def read(name: str) -> Source:
     """The data set of that name, one of :data:`NAMES`."""
     if name == "digits":
         return _digits()
+    if name == "fashion14":
+        return _fashion14()
     halves = _photo_halves()
     if name == "photos16":
         halves = tuple((F.avg_pool2d(to_unit(images), 2), labels) for images, labels in halves)
@@ -73,6 +79,18 @@ def _digits() -> Source:
         halves = [torch.from_numpy(split[half].astype(np.int64)) for half in ("train", "test")]
     train, test = [(images[half], labels[half]) for half in halves]
     return Source("digits", train, test, classes=tuple("0123456789"), augmentation=DIGITS)
+
+
+def _fashion14() -> Source:
+    with np.load(Path(__file__).with_name("fashion14.npz"), allow_pickle=False) as file:
+        halves = [
+            (
+                torch.from_numpy(file[f"{half}_images"])[:, None],
+                torch.from_numpy(file[f"{half}_labels"]).long(),
+            )
+            for half in ("train", "test")
+        ]
+    return Source("fashion14", *halves, classes=FASHION, first_padding=2)
 
 
 def _photo_halves() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -59,8 +59,8 @@ def prepare(source: Source, device: torch.device, size: int | None, whiten: str 
         classes=source.classes,
         transform=transform,
         augmentation=source.augmentation,
-        # 28 px become 32; another size does not need that
-        first_padding=source.first_padding if train.shape[-1] == 28 else 1,
+        # 28 px become 32, 14 become 16; another size does not need that
+        first_padding=source.first_padding if train.shape[-1] == source.train[0].shape[-1] else 1,
     )
     return Data(
         ImageSet(source.name, transform.forward(train), source.train[1].to(device), **shared),

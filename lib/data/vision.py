@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.data import fashion
 from lib.data.imageset import DIGITS, NATURAL
 from lib.data.source import Source, channel_statistics
 from lib.system.errors import CompanionError
@@ -45,7 +46,7 @@ VISION = {
     "fashionmnist": Facts(
         "FashionMNIST",
         "FashionMNIST/raw",
-        "https://github.com/zalandoresearch/fashion-mnist",
+        fashion.PAGE,
         (0.2861,),
         (0.3530,),
         NATURAL,
@@ -84,6 +85,8 @@ def read(name: str, root: Path, download: bool) -> Source:
     Raises:
         CompanionError: when it is not there, does not pass its checks, or cannot be downloaded.
     """
+    if name == "fashionmnist":
+        return _fashion(root, download)
     facts = VISION[name]
     command = f"python -m lib.data {name} --root {root}"
     if not download and not (root / facts.marker).exists():
@@ -111,6 +114,20 @@ def read(name: str, root: Path, download: bool) -> Source:
     normalisation = channel_statistics(facts.mean, facts.std)
     return Source(
         name, (images, labels), test, classes, normalisation, facts.augmentation, facts.first_padding
+    )
+
+
+def _fashion(root: Path, download: bool) -> Source:
+    """Fashion-MNIST from any of its places (:mod:`lib.data.fashion`); downloaded only if it is in none of them."""
+    facts, folder = VISION["fashionmnist"], fashion.find(root)
+    if folder is None and download:
+        _download("fashionmnist", facts, importlib.import_module("torchvision.datasets").FashionMNIST, root)
+        folder = fashion.find(root)
+    if folder is None:
+        raise fashion.absent(root)
+    normalisation = channel_statistics(facts.mean, facts.std)
+    return Source(
+        "fashionmnist", *fashion.read(folder), fashion.CLASSES, normalisation, NATURAL, facts.first_padding
     )
 
 
