@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from lib.system.errors import CompanionError
+from lib.system.pictures import palette_png
 from workflow.pages import normalise
 from workflow.pages.normalise import normalised
 
@@ -84,10 +85,20 @@ def test_pictures_keep_their_look_without_metadata():
     ramp = np.tile(np.arange(0, 250, 2, dtype=np.uint8), (40, 1))
     source, buffer = Image.fromarray(ramp).convert("RGBA"), io.BytesIO()
     source.save(buffer, format="PNG", dpi=(99, 99))
-    small = normalise._small_png(base64.b64encode(buffer.getvalue()).decode(), 1000, 256)
-    with Image.open(io.BytesIO(base64.b64decode(small))) as image:
+    small = palette_png(buffer.getvalue())
+    assert palette_png(small) == small
+    with Image.open(io.BytesIO(small)) as image:
         assert image.mode == "P" and not image.info.get("dpi")
         assert np.abs(np.asarray(image.convert("L")).astype(int) - ramp).max() <= 2
+
+
+def test_no_colour_of_a_rich_picture_is_given_up():
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 120, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    with Image.open(io.BytesIO(palette_png(buffer.getvalue()))) as image:
+        error = np.abs(np.asarray(image.convert("RGB")).astype(int) - pixels)
+    assert error.max() <= 60 and error.mean() < 20
 
 
 def test_a_heavy_notebook_is_made_to_fit():

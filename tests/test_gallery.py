@@ -24,6 +24,7 @@ from nbformat import writes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lib.companion import plots, start
+from lib.system.files import ROOT
 from workflow.pages import gallery
 from workflow.pages.mathml import mathml
 
@@ -141,7 +142,7 @@ def test_a_card_tells_claim_numbers_and_verdicts(site):
         "26.0",
         "86.4",
         "claim of Side by side",
-        "loss.svg",
+        "loss.png",
     ):
         assert words in index
     assert index.index(">cpu</h2>") < index.index(">photos</h2>")
@@ -279,3 +280,25 @@ def test_the_browser_test_notices_what_it_looks_for(site, tmp_path):
             path.unlink()
     assert "nosuch is not defined" in "".join(complaints) and "none.png" in dom
     assert int(re.search(r'data-overflow="(\d+)"', dom)[1]) > 400
+
+
+def _tracked(*patterns: str) -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--", *patterns], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_what_is_built_is_not_committed_and_what_is_committed_is_small():
+    files = _tracked("figures", "results")
+    assert {path.suffix for path in files} <= {".png", ".csv", ".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) < 15e6
+    kinds = {path: path.read_bytes()[25] for path in files if path.suffix == ".png"}
+    assert [path for path, kind in kinds.items() if kind != 3] == []  # 3: pixels are numbers of a palette
+
+
+def test_a_set_is_committed_once_for_a_method_and_case():
+    names = [path.name for path in _tracked("results") if path.suffix == ".safetensors"]
+    assert len(names) == len(set(names))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.system.files import atomic
+from lib.system.pictures import palette_png
 
 PALETTE = (
     "#0173b2",
@@ -39,9 +40,11 @@ def use_style() -> None:
 
 
 def save_png(fig, path: Path) -> None:
-    """PNG at 150 dpi; the same figure gives the same bytes (no version, no date)."""
+    """PNG with a palette at 150 dpi; the same figure gives the same bytes (no version, no date)."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=150)
     with atomic(path) as temporary:
-        fig.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+        temporary.write_bytes(palette_png(buffer.getvalue()))
 
 
 def save_svg(fig, path: Path, limit: int) -> bool:

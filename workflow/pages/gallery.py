@@ -161,11 +161,9 @@ def file_list(root: Path, record: dict) -> str:
     links = []
     for kind in ("figures", "tables"):
         for name, entry in record[kind].items():
-            versions = [Path(entry["file"])]
-            versions += [versions[0].with_suffix(".svg")] if entry.get("svg") else []
-            for path in versions:
-                if (root / path).is_file():
-                    links.append(f'<li><a href="{_link(path)}">{escape(name + path.suffix)}</a></li>')
+            path = Path(entry["file"])
+            if (root / path).is_file():
+                links.append(f'<li><a href="{_link(path)}">{escape(name + path.suffix)}</a></li>')
     count = f"{len(links)} file{'s' if len(links) != 1 else ''}"
     return (
         f'<details class="files"><summary>{count}</summary><ul>{"".join(links)}</ul></details>'

@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import io
 import re
 import sys
 from pathlib import Path
 
 import nbformat
-from PIL import Image
 
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, write_text
+from lib.system.pictures import palette_png
 
 BYTES = 300_000  # of a notebook; pictures shrink until it fits
 # pixels across, and colours: what is tried, one after the other
@@ -96,17 +95,7 @@ def _outputs(outputs, count: int | None, width: int, colours: int) -> list:
 
 def _small_png(encoded: str, width: int, colours: int) -> str:
     """At most ``width`` pixels wide, so many colours, no metadata; what is so already comes back as it is."""
-    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if image.mode != "P" or image.width > width or len(image.getcolors()) > colours:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        if image.width > width:
-            image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-        image = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    image.info.clear()
-    image.save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode() + "\n"
+    return base64.b64encode(palette_png(base64.b64decode(encoded), colours, width)).decode() + "\n"
 
 
 def adopt(executed: Path, notebook: Path) -> str:
