@@ -10,7 +10,10 @@ import torch
 from helpers import generator
 
 from lib.distill import distill
+from lib.match.features import ClassMean
+from lib.match.style import Diversity, Gram, Moments
 from lib.methods import method as class_of
+from lib.nets.supply import Fresh, Queue
 from lib.plain import plain, text
 
 NET = "convnet-d2-w4"
@@ -27,9 +30,37 @@ class Case:
 
 
 DM = class_of("dm")(iterations=5, real_batch=8, network=NET)
+DEEP = "convnet-d3-w4"
+M3D = class_of("m3d")(iterations=5, lr=3.0, real_batch=8, network=NET, networks=Fresh(every=2))
+CAFE = class_of("cafe")(iterations=3, real_batch=8, network=DEEP, window=3, max_outer=5, max_inner=5, query=5)
+IDM = class_of("idm")(
+    iterations=9,
+    real_batch=8,
+    network=NET,
+    networks=Queue(4, start=2, interval=2, steps=3, batch=16, lr=0.05),
+)
+DATADAM = class_of("datadam")(iterations=5, real_batch=8, network=DEEP)
+DDM = class_of("ddm")(
+    iterations=5,
+    real_batch=8,
+    network=NET,
+    lr=0.1,
+    distance=ClassMean() + Gram(1e3) + Moments(1e3) + Diversity(1.0),
+)
+W2 = class_of("wasserstein")(iterations=5, real_batch=8, network=NET)
 # name -> cases; the settings are those that the plain version reads
 CASES = {
     "dm": [Case(replace(DM, augmentation=names)) for names in ("none", "data", "flip_crop")],
+    # rounding is multiplied by rates that move pixels by several standard deviations
+    "m3d": [
+        Case(M3D, atol=2e-4),
+        Case(replace(M3D, augmentation="none", networks=Fresh()), ipc=1, atol=2e-4),
+    ],
+    "cafe": [Case(CAFE, atol=1e-4), Case(replace(CAFE, saturated=0.5, moved=0.2), ipc=1)],
+    "idm": [Case(IDM), Case(replace(IDM, augmentation="none"), ipc=1)],
+    "datadam": [Case(replace(DATADAM, augmentation=names)) for names in ("none", "data")],
+    "ddm": [Case(DDM, ipc=4), Case(replace(DDM, augmentation="none"), ipc=7)],
+    "wasserstein": [Case(W2, ipc=4), Case(replace(W2, augmentation="none"), ipc=1)],
 }
 
 

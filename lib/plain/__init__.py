@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib import augment
@@ -65,3 +66,16 @@ def siamese(images: Tensor, omega: augment.Draw | None) -> Tensor:
     if omega is None:
         return images
     return torch.cat([augment.apply(image[None], omega) for image in images])
+
+
+def mosaic(images: Tensor, mode: str) -> Tensor:
+    """Four images ``(4, m, c, h, w)`` at half their size in the quarters of one, ``(m, c, h, w)``: down, then right."""
+    a, b, c, d = (F.interpolate(image, scale_factor=0.5, mode=mode) for image in images)
+    return torch.cat([torch.cat([a, b], -2), torch.cat([c, d], -2)], -1)
+
+
+def expand(images: Tensor) -> Tensor:
+    """The quarters of every image, each enlarged to the full size, ``(m, c, h, w) -> (4 m, c, h, w)``."""
+    h, w = images.shape[-2] // 2, images.shape[-1] // 2
+    quarters = (images[..., :h, :w], images[..., h:, :w], images[..., :h, w:], images[..., h:, w:])
+    return torch.cat([F.interpolate(part, scale_factor=2, mode="bilinear") for part in quarters])
