@@ -21,7 +21,7 @@ from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, check_ipc, read_safetensors
 from lib.system.cache import digest
 from lib.system.code import code_digest
-from lib.system.errors import CompanionError
+from lib.system.errors import CompanionError, check_seed
 from lib.system.files import atomic, cache_dir, write_tensors
 from lib.system.measure import Meter
 
@@ -83,10 +83,10 @@ def distill(
         cache: keep the result under a key of configuration, data, seed and code, and return it at once when it is there.
         callback: called with (steps done, state, metrics) after every step.
     Raises:
-        CompanionError: ipc out of range; a checkpoint of another configuration; a non-finite value (the last good state stays
+        CompanionError: ipc or seed out of range; a checkpoint of another configuration; a non-finite value (the last good state stays
             in the checkpoint, if there is one).
     """
-    check_ipc(ipc, train.smallest_class)
+    ipc, seed = check_ipc(ipc, train.smallest_class), check_seed(seed)
     key = configuration_key(method, train, ipc, seed)
     stored = cache_dir() / f"{key}-{digest(sorted(snapshots))[:8]}.safetensors"
     if cache:
@@ -155,24 +155,33 @@ class _Run:
             while self.done < self.total:
                 if not pending and self.checkpoint:
                     good = self._core()
-                metrics = self.method.step(self.state, self.generator)
+                try:
+                    metrics = self.method.step(self.state, self.generator)
+                except KeyboardInterrupt:
+                    raise KeyboardInterrupt(self._interrupted(good)) from None
                 self.done += 1
                 pending.append(metrics)
                 if self.done in self.wanted:
                     self._snapshot()
                 if callback is not None:
                     callback(self.done, self.state, metrics)
-                if len(pending) == GUARD_EVERY or self.done == self.total:
+                # slow steps are looked at one by one, so that a checkpoint is never older than the caller allows
+                due = bool(self.checkpoint) and time.perf_counter() - saved > self.every
+                if due or len(pending) == GUARD_EVERY or self.done == self.total:
                     self._look(pending, good)
                     bar.update(len(pending))
                     pending = []
-                    if (
-                        self.checkpoint
-                        and time.perf_counter() - saved > self.every
-                        and self.done < self.total
-                    ):
+                    if due and self.done < self.total:
                         self._save(self._core())
                         saved = time.perf_counter()
+
+    def _interrupted(self, good: dict | None) -> str:
+        """Keep the last state that was looked at, and say so."""
+        name = type(self.method).__name__
+        if good is None:
+            return f"{name} was interrupted at step {self.done} of {self.total}; no checkpoint was asked for"
+        self._save(good)
+        return f"{name} was interrupted; the same call goes on from step {good['done']} of {self.total} ({self.checkpoint})"
 
     def _look(self, pending: list[dict[str, Tensor]], good: dict | None) -> None:
         """Move the metrics to the history; stop if one of them, or a learned value, is not finite."""

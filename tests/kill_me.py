@@ -32,7 +32,7 @@ METHODS = {
         outer=20, inner=3, epochs=2, real_batch=8, network="convnet-d2-w4-batch", network_batch=4
     ),
 }
-KILLS = (4, 13, "writing", 45)  # the first comes before any checkpoint
+KILLS = (4, 13, "writing", 45)
 
 
 def run(method, checkpoint: Path | None, result: Path, report, until: int | str | None) -> None:

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -67,8 +68,8 @@ def killed(tmp_path_factory) -> Path:
 def test_sigkill_and_resume_ends_with_the_same_bits(killed, method):
     """Four SIGKILLs, one of them in the middle of writing a checkpoint."""
     log = json.loads((killed / method / "log.json").read_text())
-    assert [entry["first"] for entry in log] == [1, 1, 11, 21, 41]  # it went on, it did not start again
-    assert [entry["checkpoint"] for entry in log] == [False, True, True, True, False]
+    assert [entry["first"] for entry in log] == [1, 4, 13, 14, 45]  # it went on where it was
+    assert [entry["checkpoint"] for entry in log] == [True, True, True, True, False]
     bits = [(killed / method / f"{which}.safetensors").read_bytes() for which in ("killed", "calm")]
     assert bits[0] == bits[1]
     tensors = safetensors.torch.load(bits[0])
@@ -108,7 +109,7 @@ def test_dc_state_before_its_first_network_is_replaced(toy, tmp_path):
     interrupted(method, toy.train, path, 12)
     packed = read_checkpoint(path)
     assert (
-        packed["done"] == 10 and {"pixels", "optimiser", "networks", "t", "memory"} == packed["state"].keys()
+        packed["done"] == 11 and {"pixels", "optimiser", "networks", "t", "memory"} == packed["state"].keys()
     )
     assert all(tensor.isfinite().all() for tensor in packed["state"]["networks"]["parameters"].values())
 
@@ -407,7 +408,7 @@ def test_a_cached_run_resumes_and_cleans_up(toy, tmp_path, monkeypatch):
     assert [p.suffix for p in folder.iterdir()] == [".checkpoint"]
     seen = []
     done = distill(SMALL, toy.train, 2, 7, cache=True, callback=lambda step, *_: seen.append(step))
-    assert seen[0] == 11 and [p.suffix for p in folder.iterdir()] == [".safetensors"]
+    assert seen[0] == 15 and [p.suffix for p in folder.iterdir()] == [".safetensors"]
     same(done, distill(SMALL, toy.train, 2, 7))
 
 
@@ -460,3 +461,49 @@ def test_metrics_may_be_many_and_ensembles_are_restored(toy):
     assert run.history.keys() == {"loss", "other"} and all(len(v) == 13 for v in run.history.values())
     assert torch.all(run.history["loss"][1:] < run.history["loss"][:-1])
     assert dataclasses.is_dataclass(run) and not isinstance(run.synset, Ensemble)
+
+
+# -- slow steps, interruption, numbers at the edge ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_never_older_than_asked_for_however_slow_a_step_is(toy, tmp_path, monkeypatch):
+    """A clock that a step moves on by two seconds: with an interval of one, every step is kept."""
+    clock = [0.0]
+    monkeypatch.setattr("lib.distill.time.perf_counter", lambda: clock[0])
+    path, kept = tmp_path / "slow.checkpoint", []
+
+    def tick(step, *_):
+        kept.append(read_checkpoint(path)["done"] if path.is_file() else None)
+        clock[0] += 2.0
+
+    distill(
+        replace(SMALL, iterations=4), toy.train, 2, 7, checkpoint=path, checkpoint_seconds=1.0, callback=tick
+    )
+    assert kept == [None, 1, 2, 3]
+
+
+def test_an_interruption_keeps_the_state_and_says_how_to_go_on(toy, tmp_path, monkeypatch):
+    calm = distill(SMALL, toy.train, 2, 7)
+    path, step = tmp_path / "a.checkpoint", DM.step
+
+    def pressed(self, state, generator):
+        if len(asked) == 13:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return step(self, state, generator)
+
+    asked: list[int] = []
+    monkeypatch.setattr(DM, "step", pressed)
+    with pytest.raises(KeyboardInterrupt, match="goes on from step 10 of"):
+        distill(SMALL, toy.train, 2, 7, checkpoint=path)
+    monkeypatch.setattr(DM, "step", step)
+    same(distill(SMALL, toy.train, 2, 7, checkpoint=path), calm)
+
+
+def test_seeds_and_ipc_of_any_integer_type(toy):
+    plain = distill(SMALL, toy.train, 2, 7)
+    same(distill(SMALL, toy.train, np.int64(2), np.int64(7)), plain)
+    same(distill(SMALL, toy.train, 2, torch.tensor(7)), plain)
+    for seed in (-1, 1.5, "3", True, 2**63):
+        with pytest.raises(CompanionError, match="seed"):
+            distill(SMALL, toy.train, 2, seed)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lib.data.whitening import from_saved
 from lib.formation import DECODERS, Pixels
-from lib.system.errors import CompanionError, choose
+from lib.system.errors import CompanionError, choose, integer
 from lib.system.files import write_tensors
 
 FORMAT = "distillation-companion/1"
@@ -221,10 +221,11 @@ def class_major(classes: int, ipc: int, device: torch.device | str) -> Tensor:
 
 def check_ipc(ipc: int, smallest_class: int | None = None) -> int:
     """``ipc`` if it is a whole number from 1 to the smallest class, else the one-line error."""
-    if not isinstance(ipc, int) or isinstance(ipc, bool) or ipc < 1:
+    number = integer(ipc)
+    if number is None or number < 1:
         raise CompanionError(
             f"ipc {ipc!r} is not allowed: images per class must be a whole number of at least 1"
         )
-    if smallest_class is not None and ipc > smallest_class:
+    if smallest_class is not None and number > smallest_class:
         raise CompanionError(f"ipc {ipc} is larger than the smallest class: allowed 1 to {smallest_class}")
-    return ipc
+    return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 
 
@@ -38,3 +39,24 @@ def whole(value, **least: int) -> None:
         number = getattr(value, name)
         if isinstance(number, bool) or not isinstance(number, int) or number < smallest:
             raise CompanionError(f"{name} must be a whole number of at least {smallest}, not {number!r}")
+
+
+LARGEST_SEED = 2**63 - 1  # torch takes 64 bits with a sign
+
+
+def integer(value: object) -> int | None:
+    """A whole number of any integer type (NumPy's, a tensor's) as Python's; None for what is none, True and False included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_seed(seed: object) -> int:
+    """``seed`` as a plain whole number, else the one-line error."""
+    number = integer(seed)
+    if number is None or not 0 <= number <= LARGEST_SEED:
+        raise CompanionError(f"seed {seed!r} is not allowed: a whole number from 0 to {LARGEST_SEED}")
+    return number
