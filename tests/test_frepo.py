@@ -12,12 +12,12 @@ from helpers import generator, toy_data
 from torch import nn
 
 from lib.distill import distill
-from lib.formation.start import INITIAL
 from lib.kernels import ridge
 from lib.kernels.feature_maps import conjugate_kernel, conv_features
 from lib.methods import frepo
-from lib.methods.frepo import FeatureNet, FRePo
+from lib.methods.frepo import FRePo
 from lib.methods.rfad import RFAD
+from lib.nets.widening import FeatureNet
 from lib.optim.lamb import Lamb
 from lib.system.errors import CompanionError
 
@@ -34,94 +34,21 @@ SMALL = FRePo(
 )
 
 
-class SlowLamb:
-    """LAMB with one tensor, in plain terms."""
-
-    def __init__(self, theta):
-        self.theta, self.m, self.v, self.t = theta, torch.zeros_like(theta), torch.zeros_like(theta), 0
-
-    def step(self, gradient, lr):
-        self.t += 1
-        self.m = 0.9 * self.m + 0.1 * gradient
-        self.v = 0.999 * self.v + 0.001 * gradient**2
-        u = self.m / (1 - 0.9**self.t) / ((self.v / (1 - 0.999**self.t)) ** 0.5 + 1e-6)
-        self.theta = self.theta - lr * (self.theta.norm() / u.norm()) * u
-
-
-def slow_network(train, method):
-    """The extractor as plain layers; its parameters come in the same order."""
-    layers, channels = [], train.channels
-    for i in range(method.depth):
-        width = method.width * 2**i
-        layers += [nn.BatchNorm2d(channels)] if i and method.norm else []
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
-        channels = width
-    side = train.size // 2**method.depth
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, train.num_classes))
-
-
-def slow_frepo(train, ipc, seed, method):
-    g = generator(seed)
-    x = SlowLamb(train.sample(ipc, g).flatten(0, 1))
-    hard = torch.arange(3).repeat_interleave(ipc)
-    y = SlowLamb((F.one_hot(hard, 3).float() - 1 / 3) / math.sqrt(3 / 10))
-    twins = [FeatureNet(train, method.width, method.depth, method.norm) for _ in range(method.networks)]
-    nets = [slow_network(train, method) for _ in twins]
-    ages, losses, current = [i * (method.online_updates // method.networks) for i in range(len(nets))], [], 0
-
-    def fresh(k):
-        twins[k].reset(g)
-        with torch.no_grad():
-            for mine, theirs in zip(nets[k].parameters(), twins[k].parameters(), strict=True):
-                mine.copy_(theirs)
-        for layer in nets[k]:
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.reset_running_stats()
-        return torch.optim.Adam(nets[k].parameters(), lr=method.lr_network)
-
-    trainers = [fresh(k) for k in range(len(nets))]
-    for step in range(method.iterations):
-        network = nets[current].eval()
-        rows = torch.randperm(len(train), generator=g)[: method.real_batch]
-        phi_t = network[:-1](train.images[rows]).detach().double()
-        a, b = x.theta.clone().requires_grad_(), y.theta.clone().requires_grad_()
-        both, twice = (torch.cat([a, a.flip(3)]), torch.cat([b, b])) if method.flip else (a, b)
-        phi_s = network[:-1](both).double()
-        k_ss = phi_s @ phi_s.T
-        inverse = torch.linalg.inv(k_ss + 1e-6 * k_ss.trace() / len(k_ss) * torch.eye(len(k_ss)))
-        gap = phi_t @ phi_s.T @ inverse @ twice.double() - F.one_hot(train.labels[rows], 3) + 1 / 3
-        top = b.sort(1, descending=True).values
-        loss = 0.5 * gap.square().sum(1).mean() - (top[:, 0] - top[:, 1]).clamp_max(1 / 3).mean()
-        to_x, to_y = torch.autograd.grad(loss, (a, b))
-        rate = method.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / method.iterations)))
-        x.step(to_x, rate)
-        if method.learn_labels:
-            y.step(to_y, rate)
-        losses.append(loss.detach())
-        if ages[current] > method.online_updates:
-            trainers[current], ages[current] = fresh(current), 0
-        else:
-            trainers[current].zero_grad()
-            (0.5 * (network.train()(x.theta) - y.theta).square().sum(1).mean()).backward()
-            trainers[current].step()
-            ages[current] += 1
-        current = int(torch.randint(method.networks, (), generator=g))
-    return x.theta, y.theta, torch.stack(losses)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{}, {"flip": True}, {"learn_labels": False}, {"norm": False}, {"networks": 1, "iterations": 10}],
-    ids=["plain", "flip", "fixed labels", "no norm", "one network, reset once"],
-)
-def test_frepo_equals_its_algorithm_written_out(toy, change):
-    method = replace(SMALL, **change)
-    got = distill(method, toy.train, 2, 5)
-    images, labels, losses = slow_frepo(toy.train, 2, 5, method)
-    torch.testing.assert_close(got.history["loss"].double(), losses, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(got.synset.codes, images, rtol=1e-2, atol=5e-3)
-    if method.learn_labels:
-        torch.testing.assert_close(got.synset.labels, labels, rtol=1e-2, atol=5e-3)
+def test_the_network_is_its_plain_layers(toy):
+    """Batch norm before a convolution, widths that double, LeCun's normal law."""
+    network = FeatureNet(toy.train, 4, 2, norm=True)
+    network.reset(generator())
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.BatchNorm2d(4)]
+    layers += [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)]
+    plain = nn.Sequential(*layers)
+    with torch.no_grad():
+        for theirs, mine in zip(plain.parameters(), network.parameters(), strict=True):
+            theirs.copy_(mine)
+    x = toy.train.images[:7]
+    for made in (network.train(), plain.train(), network.eval(), plain.eval()):
+        made(x)
+    torch.testing.assert_close(network(x), plain(x))
+    torch.testing.assert_close(network.embed(x), plain[:-1](x))
 
 
 def test_a_network_is_trained_m_plus_one_times_then_drawn_anew(toy):
@@ -304,18 +231,6 @@ def test_a_state_can_be_put_back_at_any_step(toy, at):
     for _ in range(12 - at):
         method.step(fresh, g)
     assert torch.equal(method.finish(fresh).codes, calm.synset.codes)
-
-
-@pytest.mark.parametrize("name", list(frepo.PRESETS))
-def test_presets(name):
-    settings = frepo.PRESETS[name]
-    assert settings.total_steps(1) > 0 and settings.init in INITIAL
-
-
-def test_the_published_preset():
-    p = frepo.PRESETS["paper"]
-    assert (p.networks, p.online_updates, p.real_batch, p.lr, p.lr_network) == (10, 100, 1024, 3e-4, 3e-4)
-    assert (p.iterations, p.ridge, p.width, p.depth, p.norm, p.flip) == (500_000, 1e-6, 128, 3, True, True)
 
 
 @pytest.mark.parametrize(

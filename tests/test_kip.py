@@ -18,7 +18,7 @@ from lib.kernels import ridge
 from lib.kernels.conv import convolutional
 from lib.kernels.fc import fully_connected
 from lib.kernels.feature_maps import conjugate_kernel, conv_features, random_blocks
-from lib.methods import kip, method
+from lib.methods import method
 from lib.methods.kip import KIP, ConvKIP
 from lib.system.errors import CompanionError
 
@@ -164,45 +164,6 @@ def test_features_of_wide_random_networks_average_to_the_nngp():
 # -- the method ---------------------------------------------------------------------------------------------------------
 
 
-def slow_kip(train, ipc, seed, method, kernel):
-    """The loop written out, with an explicit inverse and Adam from its formula."""
-    g = generator(seed)
-    classes = train.num_classes
-    x = train.sample(ipc, g).flatten(0, 1).double()
-    y = torch.eye(classes, dtype=torch.float64).repeat_interleave(ipc, 0) - 1 / classes
-    losses, moments = [], [[torch.zeros_like(v), torch.zeros_like(v)] for v in (x, y)]
-    for t in range(1, method.iterations + 1):
-        rows = train.indices(method.target_batch // classes, g).flatten()
-        x_t, y_t = train.images[rows].double(), torch.eye(classes).double()[train.labels[rows]] - 1 / classes
-        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
-        k_ss = kernel(x, x)
-        ridge_matrix = k_ss + method.ridge * k_ss.trace() / len(x) * torch.eye(len(x))
-        loss = (kernel(x_t, x) @ torch.linalg.inv(ridge_matrix) @ y - y_t).square().mean() / 2
-        gradients = torch.autograd.grad(loss, (x, y))
-        losses.append(loss.detach())
-        new = []
-        for value, gradient, m in zip((x, y), gradients, moments, strict=True):
-            m[0], m[1] = 0.9 * m[0] + 0.1 * gradient, 0.999 * m[1] + 0.001 * gradient**2
-            step = m[0] / (1 - 0.9**t) / ((m[1] / (1 - 0.999**t)).sqrt() + 1e-8)
-            new.append((value - method.lr * step).detach())
-        x, y = new[0], new[1] if method.learn_labels else y.detach()
-    return x, y, torch.stack(losses)
-
-
-@pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("which", ["fc", "conv"])
-def test_kip_equals_the_loop_written_out(toy, learn, which):
-    base = SMALL if which == "fc" else CONV
-    chosen = replace(base, learn_labels=learn, ridge=1e-3)
-    kernel = chosen.kernel()
-    x, y, losses = slow_kip(toy.train, 2, 5, chosen, kernel)
-    got = distill(chosen, toy.train, 2, 5)
-    torch.testing.assert_close(got.history["loss"], losses, rtol=1e-6, atol=0)
-    torch.testing.assert_close(got.synset.codes.double(), x, rtol=1e-4, atol=1e-5)
-    assert got.synset.codes.dtype == toy.train.images.dtype and got.synset.soft == learn
-    torch.testing.assert_close(regression_targets(got.synset).double(), y, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("which", ["fc", "conv"])
 def test_kip_lowers_its_loss(toy, which, learn):
@@ -280,8 +241,6 @@ def test_targets_are_balanced_and_augmented_one_by_one(toy):
 
 def test_methods_are_found_by_name():
     assert method("kip") is KIP and method("conv_kip") is ConvKIP
-    for table in (kip.PRESETS, kip.CONV_PRESETS):
-        assert {"digits", "photos16", "photos32", "paper"} <= set(table)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from helpers import generator, toy_data
 
 from lib.distill import distill, pack, unpack
-from lib.formation.start import INITIAL
 from lib.kernels import feature_maps, ridge
 from lib.kernels.conv import convolutional
 from lib.kernels.feature_maps import conjugate_kernel, conv_features, random_blocks
 from lib.methods import rfad
 from lib.methods.rfad import RFAD
-from lib.optim.adabelief import AdaBelief
+from lib.plain.rfad import features
 from lib.system.errors import CompanionError
 
 SMALL = RFAD(
@@ -33,79 +32,10 @@ SMALL = RFAD(
 CHECKED = replace(SMALL, validate_every=2, validation_images=5, validation_networks=2)
 
 
-def slow_features(images, blocks):
-    """One network after the other, one image at a time."""
-    rows = []
-    for image in images:
-        per_net = []
-        for j in range(len(blocks[0][0])):
-            x = image[None]
-            for weight, bias in blocks:
-                x = F.avg_pool2d(F.relu(F.conv2d(x, weight[j], bias[j], padding=1)), 2)
-            per_net.append(x.flatten())
-        rows.append(torch.cat(per_net))
-    rows = torch.stack(rows)
-    return rows / rows.shape[1] ** 0.5
-
-
-def slow_rfad(train, ipc, seed, method):
-    """The published step in plain terms: an explicit inverse, autograd, separate optimiser groups."""
-    g = generator(seed)
-    start = train.sample(ipc, g).flatten(0, 1)
-    torch.rand(start.shape, generator=g)  # the corruption mask
-    x, t = start.clone().requires_grad_(), torch.eye(start[0].numel()).requires_grad_()
-    y = F.one_hot(torch.arange(3).repeat_interleave(ipc), 3).float() - 1 / 3
-    y.requires_grad_(method.learn_labels)
-    k = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    learned = [
-        AdaBelief([x], lr=method.lr),
-        AdaBelief([t], lr=method.lr_transform),
-        AdaBelief([k], lr=method.lr_scale),
-    ]
-    learned += [AdaBelief([y], lr=method.lr)] if method.learn_labels else []
-    losses = []
-    for _ in range(method.iterations):
-        blocks = random_blocks(method.networks, 1, g, method.width, method.depth)
-        rows = torch.cat(
-            [torch.randperm(len(train), generator=g)[: method.real_batch] for _ in range(method.batches)]
-        )
-        phi_s = slow_features((x.flatten(1) @ t).view(x.shape), blocks).double()
-        phi_t = slow_features(train.images[rows], blocks).double().detach()
-        k_ss, k_ts = 2 * phi_s @ phi_s.T + 0.01, 2 * phi_t @ phi_s.T + 0.01
-        m = len(k_ss)
-        prediction = k_ts @ torch.linalg.inv(k_ss + 5e-3 * k_ss.trace() / m * torch.eye(m)) @ y.double()
-        if method.loss == "platt":
-            loss = F.cross_entropy(k.exp() * prediction, train.labels[rows])
-        else:
-            loss = 0.5 * (prediction - F.one_hot(train.labels[rows], 3) + 1 / 3).square().mean()
-        for optimiser in learned:
-            optimiser.zero_grad()
-        loss.backward()
-        for optimiser in learned:
-            optimiser.step()
-        losses.append(loss.detach())
-    return (x.flatten(1) @ t).view(x.shape).detach(), y.detach(), torch.stack(losses)
-
-
-@pytest.mark.parametrize("learn_labels", [True, False], ids=["learned labels", "fixed labels"])
-@pytest.mark.parametrize("loss", rfad.LOSSES)
-def test_rfad_equals_a_loop_over_networks_and_images(toy, loss, learn_labels):
-    method = replace(SMALL, loss=loss, learn_labels=learn_labels)
-    got = distill(method, toy.train, 2, 5)
-    images, labels, losses = slow_rfad(toy.train, 2, 5, method)
-    torch.testing.assert_close(got.history["loss"].double(), losses.double(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(got.synset.codes, images, rtol=1e-3, atol=1e-3)
-    if learn_labels:
-        torch.testing.assert_close(got.synset.labels, labels, rtol=1e-3, atol=1e-3)
-        assert got.synset.soft and not torch.equal(labels, ridge.centred_one_hot(torch.arange(3), 3).float())
-    else:
-        assert got.synset.labels.tolist() == [0, 0, 1, 1, 2, 2]
-
-
 def test_features_without_gradient_in_parts_equal_the_whole(monkeypatch):
     x, blocks = torch.randn(7, 2, 8, 8, generator=generator()), random_blocks(3, 2, generator(), 5)
     whole = conv_features(x, blocks)
-    torch.testing.assert_close(whole, slow_features(x, blocks))
+    torch.testing.assert_close(whole, features(x, blocks))
     monkeypatch.setattr(feature_maps, "MAP_VALUES", 1)  # one image at a time
     with torch.no_grad():
         torch.testing.assert_close(conv_features(x, blocks), whole)
@@ -277,20 +207,6 @@ def test_resume_ends_with_the_same_bits(toy, tmp_path, method):
     with pytest.raises(Stop):
         distill(method, toy.train, 2, 7, checkpoint=path, checkpoint_seconds=0.0, callback=stop)
     assert torch.equal(distill(method, toy.train, 2, 7, checkpoint=path).synset.codes, calm.synset.codes)
-
-
-@pytest.mark.parametrize("name", list(rfad.PRESETS))
-def test_presets(name):
-    settings = rfad.PRESETS[name]
-    assert settings.total_steps(1) > 0 and settings.init in INITIAL and settings.loss in rfad.LOSSES
-    assert settings.iterations % settings.validate_every == 0  # the last step is looked at
-
-
-def test_the_published_preset():
-    p = rfad.PRESETS["paper"]
-    assert (p.networks, p.width, p.depth, p.real_batch, p.batches, p.ridge) == (8, 256, 3, 1280, 4, 5e-3)
-    assert (p.lr, p.lr_transform, p.lr_scale, p.iterations) == (1e-3, 5e-5, 1e-2, 100_000)
-    assert (p.validate_every, p.validation_networks, p.validation_images, p.patience) == (40, 16, 500, 1000)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lib.augment import views
 from lib.distill import distill
 from lib.match import batchnorm
 from lib.match.batchnorm import Watch
-from lib.methods.sre2l import PRESETS, SRe2L
+from lib.methods.sre2l import SRe2L
 from lib.recover import blocks as recover
 from lib.recover import teacher as teachers
 from lib.recover.teacher import Teacher
@@ -203,12 +203,6 @@ def test_bad_settings(change, words):
     with pytest.raises(CompanionError) as error:
         SRe2L(**change)
     assert words in str(error.value)
-
-
-def test_presets_hold_the_published_rows():
-    assert PRESETS["paper"].iterations == 4000 and PRESETS["paper"].bn_weight == 0.01
-    assert PRESETS["paper-cifar100"].crop is None and PRESETS["paper-cifar100"].roll == (0, 4)
-    assert PRESETS["paper-cda-tinyimagenet"].milestone == 1 and PRESETS["paper-cda-tinyimagenet"].lr == 0.4
 
 
 # -- the teacher -------------------------------------------------------------------------------------------------------------

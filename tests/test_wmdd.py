@@ -14,7 +14,7 @@ from lib.match import barycenter as ot
 from lib.match import batchnorm, mmd
 from lib.match.batchnorm import Watch
 from lib.methods.sre2l import SRe2L
-from lib.methods.wmdd import PRESETS, WMDD
+from lib.methods.wmdd import WMDD
 from lib.recover import blocks as recover
 from lib.recover.blocks import class_images
 from lib.recover.teacher import Teacher
@@ -362,12 +362,6 @@ def test_images_of_a_class_from_memory_and_from_a_stream_are_the_same(toy):
         ours, theirs = (list(class_images(data, c, 8)) for data in (toy.train, Streamed))
         assert [len(part) for part in ours] == [8, 8, 4]
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-def test_presets_are_methods_of_the_published_tables():
-    assert {"digits", "photos16", "photos32", "paper", "paper-tinyimagenet"} <= PRESETS.keys()
-    assert PRESETS["paper"].bn_weight == 10 and PRESETS["paper-tinyimagenet"].bn_weight == 500
-    assert all(isinstance(method, WMDD) for method in PRESETS.values())
 
 
 def test_the_plan_carries_atoms_to_the_points_of_an_equally_large_cloud():

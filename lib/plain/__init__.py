@@ -16,9 +16,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib import augment
+from lib.augment import views
+from lib.nets.convnet import ConvNet
 from lib.system.errors import unknown
 
 
@@ -47,6 +49,35 @@ class Momentum:
     def __call__(self, x: Tensor, gradient: Tensor) -> Tensor:
         self.v = self.beta * self.v + gradient
         return (x - self.eta * self.v).detach()
+
+
+class AdaBelief:
+    r"""$m\leftarrow\beta_1m+(1-\beta_1)g,\ s\leftarrow\beta_2s+(1-\beta_2)(g-m)^2+\epsilon,\
+    x\leftarrow x-\eta\,\frac{m}{1-\beta_1^t}\Big/\Big(\sqrt{s/(1-\beta_2^t)}+\epsilon\Big)$."""
+
+    def __init__(self, eta: float):
+        self.eta, self.m, self.s, self.t = eta, 0.0, 0.0, 0
+
+    def __call__(self, x: Tensor, g: Tensor) -> Tensor:
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * g
+        self.s = 0.999 * self.s + 0.001 * (g - self.m) ** 2 + 1e-16
+        step = self.m / (1 - 0.9**self.t) / ((self.s / (1 - 0.999**self.t)).sqrt() + 1e-16)
+        return (x - self.eta * step).detach()
+
+
+class Lamb:
+    r"""Adam's direction $u$ at the length of the tensor: $x\leftarrow x-\eta\,\frac{\lVert x\rVert}{\lVert u\rVert}u$."""
+
+    def __init__(self):
+        self.m, self.v, self.t = 0.0, 0.0, 0
+
+    def __call__(self, x: Tensor, g: Tensor, eta: float) -> Tensor:
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.999 * self.v + 0.001 * g**2
+        u = self.m / (1 - 0.9**self.t) / ((self.v / (1 - 0.999**self.t)).sqrt() + 1e-6)
+        return (x - eta * x.norm() / u.norm() * u).detach()
 
 
 def draw_omega(p, train, g: torch.Generator) -> list[augment.Draw | None]:
@@ -79,3 +110,47 @@ def expand(images: Tensor) -> Tensor:
     h, w = images.shape[-2] // 2, images.shape[-1] // 2
     quarters = (images[..., :h, :w], images[..., h:, :w], images[..., :h, w:], images[..., h:, w:])
     return torch.cat([F.interpolate(part, scale_factor=2, mode="bilinear") for part in quarters])
+
+
+# -- recovery from a frozen network ------------------------------------------------------------------------------------------
+
+
+def see(network: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What enters every BatchNorm layer, what enters the last layer, and the logits."""
+    if isinstance(network, ConvNet):
+        a, f = network.look(x, "conv")
+        return a, f, network.classifier(f)
+    seen: dict[nn.Module, Tensor] = {}
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.Linear)]
+    hooks = [m.register_forward_pre_hook(lambda m, inputs: seen.update({m: inputs[0]})) for m in layers]
+    logits = network(x)
+    for hook in hooks:
+        hook.remove()
+    *norms, last = layers
+    return [seen[m] for m in norms], seen[last], logits
+
+
+def draw_views(p, side: int, g: torch.Generator) -> list[tuple]:
+    r"""$\mathcal A$ of every iteration: crop (top, left, height, width), mirrored or not, pixels down and right."""
+    R = p.iterations
+    crops = views.crop_boxes(torch.full((R,), p.crop or 1.0, dtype=torch.float64), side, g)
+    mirrored = torch.randint(2, (R, 1), generator=g) * int(p.flip)
+    shifts = torch.randint(p.roll[0], p.roll[1] + 1, (R, 2), generator=g)
+    whole = torch.tensor([[0, 0, side, side]])
+    crops = whole.expand_as(crops) if p.crop is None else crops
+    return torch.cat([crops, mirrored, shifts], 1).tolist()
+
+
+def view(x: Tensor, numbers: tuple) -> Tensor:
+    r"""$\mathcal A(x)$: crop, resize to what it was, mirror, roll."""
+    top, left, height, width, mirrored, *shift = numbers
+    seen = x[:, :, top : top + height, left : left + width]
+    seen = F.interpolate(seen, x.shape[2:], mode="bilinear", align_corners=False)
+    return (seen.flip(3) if mirrored else seen).roll(shift, (2, 3))
+
+
+def pixel_range(train) -> tuple[Tensor, Tensor]:
+    """The normalised values of black and white, per channel."""
+    return tuple(
+        train.transform.forward(torch.full((train.channels, 1, 1), v).to(train.images)) for v in (0.0, 1.0)
+    )
