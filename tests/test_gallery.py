@@ -7,6 +7,7 @@ import html
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,7 @@ from lib.companion import plots, start
 from lib.system.files import ROOT
 from workflow.pages import gallery
 from workflow.pages.mathml import mathml
+from workflow.pages.page import Pictures, markdown, output_html
 
 HOSTILE = "DM <script>alert('x')</script> & \"quotes\""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -152,6 +154,7 @@ def test_a_card_tells_claim_numbers_and_verdicts(site):
 def test_a_notebook_page_folds_code_and_draws_formulae(site):
     page = (site / "figures/html/cpu/20_dm.html").read_text()
     assert page.count('<details class="code">') == 1  # parameters that were injected are not shown
+    assert '<pre class="stdout">ok  1 &lt; 2' in page and page.count('<div class="scroll"') == 1
     assert page.count("<math") == 2 and "$" not in re.sub(r'aria-label="[^"]*"', "", page)
     assert "base64" not in page and len(page) < 40_000
 
@@ -161,10 +164,64 @@ def test_building_again_changes_nothing_and_leaves_no_stale_picture(site):
         return {path: path.read_bytes() for path in (site / "figures").rglob("*") if path.is_file()}
 
     before = state()
-    stale = site / "figures/html/cpu/20_dm_files/output_99_0.png"
+    stale = site / "figures/html/cpu/20_dm_files/figure_99.png"
     stale.write_bytes(b"old")
     gallery.build(site)
     assert state() == before
+
+
+def test_three_galleries_at_once_leave_one_whole_gallery(site):
+    before = {path: path.read_bytes() for path in (site / "figures").rglob("*") if path.is_file()}
+    with ThreadPoolExecutor(3) as pool:
+        for made in [pool.submit(gallery.build, site) for _ in range(9)]:
+            made.result()
+    assert {path: path.read_bytes() for path in (site / "figures").rglob("*") if path.is_file()} == before
+    assert not list((site / "figures").glob(".pages-*"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(site, tmp_path, capsys):
+    shutil.copytree(site / "results", tmp_path / "results")
+    (tmp_path / "figures").write_text("in the way")
+    assert gallery.main(["--root", str(tmp_path)]) == 1
+    assert re.fullmatch(r"(?s).*cannot write .*figures: File exists\n", capsys.readouterr().err)
+
+
+def test_cards_stand_in_families(site):
+    index = (site / "figures/index.html").read_text()
+    assert re.findall('class="family">([^<:]+)', index) == [
+        "Distributions of features",
+        "Everything together",
+    ]
+
+
+def test_an_algorithm_that_a_cell_shows_is_open_and_coloured():
+    shown = output_html(
+        new_output(
+            "display_data", {"text/markdown": "```python\ndef dm(p): return p\n```", "text/plain": "dm"}
+        ),
+        Pictures(Path("none"), ""),
+    )
+    assert shown.startswith('<div class="open">') and '<span class="k">def</span>' in shown
+    assert "details" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("costs `$5` and `$6`", 0),
+        ("```\n$x$\n```", 0),
+        (r"\$5 and \$6", 0),
+        ("$a$ and $b$", 2),
+        ("| $|a|$ | b |\n| --- | --- |\n| $c$ | d |", 2),
+        ("above\n$$a\n+ b$$\nbelow", 1),
+        ("\\begin{align*}a &= b\\end{align*}", 1),
+    ],
+)
+def test_formulae_are_told_from_prose_and_code(text, wanted):
+    made = markdown(text)
+    assert made.count("<math") == wanted, made
+    assert not re.search("[\ue000\ue001]", made)
+    assert ("<table" in made) == text.startswith("|")
 
 
 def test_a_damaged_record_is_named_and_left_out(site, capsys):

@@ -6,9 +6,13 @@ Reads every ``results/<run>/<notebook>/run.json``; needs no server, no script an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import sys
+import tempfile
 from html import escape
+from itertools import count, groupby
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,18 +20,34 @@ from lib.companion.profiles import PROFILES
 from lib.companion.run import output_root
 from lib.companion.verdicts import FAILED, HELD
 from lib.system.errors import CompanionError
-from lib.system.files import ROOT, write_text
-from workflow.pages.page import notebook_body, shell, write_style
+from lib.system.files import ROOT
+from workflow.pages.page import notebook_body, shell, style_sheet
 
 TITLE = "Dataset distillation, side by side"
 LEAD = (
     "A few synthetic images that teach a network what the whole training set would. "
     "Each card is one method or question run on real data, the paper's claims checked on what was measured."
 )
+# the first digit of a notebook's number
+FAMILIES = {
+    "0": "Begin here",
+    "1": "Performance: what training on the set leads to",
+    "2": "Distributions of features",
+    "3": "Augmentation: what a stored image is trained on as",
+    "4": "Data space: where images are searched for",
+    "5": "Model space: which networks look",
+    "6": "Losses: what else is compared",
+    "7": "Efficiency: which real images are looked at",
+    "8": "Selection and analysis",
+    "9": "Everything together",
+}
 
 
 def build(root: Path, notebooks: Path | None = None) -> list[Path]:
-    """Write ``figures/index.html``, one page per executed notebook and the style sheet under ``root``.
+    """Write ``figures/index.html``, one page per notebook with a run and the style sheet under ``root``.
+
+    Everything is written to a folder of this call's own and then put in place, so that two calls at once leave one whole gallery
+    and a reader never sees half a page.
 
     Args:
         root: folder with ``results/`` and ``figures/``.
@@ -36,19 +56,54 @@ def build(root: Path, notebooks: Path | None = None) -> list[Path]:
 
     Returns:
         The pages written, the index first.
+
+    Raises:
+        CompanionError: nothing can be written there.
     """
     records = read_records(root / "results")
     figures = root / "figures"
-    write_style(figures / "style.css")
-    pages = [figures / "index.html"]
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=figures, prefix=".pages-", ignore_cleanup_errors=True) as made:
+            pages = write_pages(Path(made), root, notebooks or root / "notebooks", records)
+            put_in_place(Path(made), figures)
+    except OSError as error:
+        raise CompanionError(f"cannot write {figures}: {error.strerror or error}") from error
+    return [figures / page for page in pages]
+
+
+def write_pages(made: Path, root: Path, notebooks: Path, records: list[dict]) -> list[str]:
+    """All files of the gallery under ``made``; returns the pages' names, the index first."""
+    pages = ["index.html"]
+    (made / "html").mkdir()
     for record in records:
-        source = notebook_source(root, notebooks or root / "notebooks", record)
+        source = notebook_source(root, notebooks, record)
         if source is not None:
             record["page"] = f"html/{record['run']}/{record['notebook']}.html"
-            pages.append(figures / record["page"])
-            write_page(pages[-1], source, record)
-    write_text(pages[0], shell(TITLE, index_body(root, records), description=LEAD))
+            pages.append(record["page"])
+            write_page(made / record["page"], source, record)
+    (made / "style.css").write_text(style_sheet(), encoding="utf-8")
+    index = shell(TITLE, index_body(root, records), description=LEAD)
+    (made / "index.html").write_text(index, encoding="utf-8")
     return pages
+
+
+def put_in_place(made: Path, figures: Path) -> None:
+    """Move a finished gallery to where it is read; the one that stood there leaves with ``made``.
+
+    Of two calls at once the later one's stays. A folder cannot replace another in one step, hence the tries.
+    """
+    for attempt in count():
+        with contextlib.suppress(FileNotFoundError):
+            (figures / "html").rename(made / f"before-{attempt}")
+        try:
+            (made / "html").rename(figures / "html")
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt >= 100:
+                raise
+    for name in ("style.css", "index.html"):
+        (made / name).replace(figures / name)
 
 
 def read_records(results: Path) -> list[dict]:
@@ -83,29 +138,39 @@ def notebook_source(root: Path, notebooks: Path, record: dict) -> Path | None:
 
 def write_page(page: Path, source: Path, record: dict) -> None:
     """One notebook as HTML with a way back and its provenance."""
+    page.parent.mkdir(parents=True, exist_ok=True)
     name = f"{record['notebook']} · {record['run']}"
     body = f"""<nav class="top"><a href="../../index.html">← All results</a><span>{escape(name)}</span></nav>
 <main class="notebook">
 {notebook_body(source, page, record["title"])}
 {provenance(record)}
 </main>"""
-    write_text(
-        page, shell(f"{record['title']} ({record['run']})", body, root="../../", description=record["claim"])
-    )
+    text = shell(f"{record['title']} ({record['run']})", body, root="../../", description=record["claim"])
+    page.write_text(text, encoding="utf-8")
 
 
 def index_body(root: Path, records: list[dict]) -> str:
-    """Header and one section of cards per run."""
+    """Header and one section per run, its cards by family."""
     parts = [f"<header><h1>{escape(TITLE)}</h1><p>{escape(LEAD)}</p></header>\n<main>"]
     for run in dict.fromkeys(record["run"] for record in records):
         about = f'<p class="about">{escape(PROFILES[run].description)}</p>' if run in PROFILES else ""
-        cards = "\n".join(card(root, record) for record in records if record["run"] == run)
-        parts.append(
-            f'<section><h2>{escape(run)}</h2>{about}\n<div class="cards">\n{cards}\n</div></section>'
-        )
+        mine = [record for record in records if record["run"] == run]
+        families = "\n".join(family(root, key, list(group)) for key, group in groupby(mine, key=_digit))
+        parts.append(f"<section><h2>{escape(run)}</h2>{about}\n{families}</section>")
     if not records:
         parts.append("<p>No results yet: run the notebooks first.</p>")
     return "\n".join(parts) + "\n</main>"
+
+
+def family(root: Path, digit: str, records: list[dict]) -> str:
+    """The cards of the notebooks whose numbers begin with one digit."""
+    cards = "\n".join(card(root, record) for record in records)
+    name = FAMILIES.get(digit, "Others")
+    return f'<h3 class="family">{escape(name)}</h3>\n<div class="cards">\n{cards}\n</div>'
+
+
+def _digit(record: dict) -> str:
+    return record["notebook"][:1]
 
 
 def card(root: Path, record: dict) -> str:
@@ -121,7 +186,7 @@ def card(root: Path, record: dict) -> str:
     )
     return f"""<article class="card">
 {thumbnail(root, record)}
-<h3><span class="number">{escape(record["notebook"].split("_")[0])}</span> {heading}</h3>
+<h4><span class="number">{escape(record["notebook"].split("_")[0])}</span> {heading}</h4>
 <p class="claim">{escape(record["claim"])}</p>
 {f"<dl>{numbers}</dl>" if numbers else ""}
 {verdict_list(record)}
@@ -164,9 +229,9 @@ def file_list(root: Path, record: dict) -> str:
             path = Path(entry["file"])
             if (root / path).is_file():
                 links.append(f'<li><a href="{_link(path)}">{escape(name + path.suffix)}</a></li>')
-    count = f"{len(links)} file{'s' if len(links) != 1 else ''}"
+    number = f"{len(links)} file{'s' if len(links) != 1 else ''}"
     return (
-        f'<details class="files"><summary>{count}</summary><ul>{"".join(links)}</ul></details>'
+        f'<details class="files"><summary>{number}</summary><ul>{"".join(links)}</ul></details>'
         if links
         else ""
     )
