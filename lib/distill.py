@@ -333,15 +333,21 @@ def _copy(value: Any) -> Any:
 # -- results in the cache -------------------------------------------------------------------------------------------------
 
 
+def settings_digest(method: Method) -> str:
+    """Twelve hexadecimal digits that tell the settings of a method: its class and the values of all its fields."""
+    return digest(method)[:12]
+
+
+def identity(method: Method) -> dict[str, Any]:
+    """What tells one method and its settings from another: registry name, digest and the settings themselves."""
+    from lib.methods import name_of  # the registry; it imports no method
+
+    return {"method": name_of(method), "config": settings_digest(method), "settings": describe(method)}
+
+
 def _provenance(method: Method, train, ipc: int, seed: int) -> dict[str, Any]:
-    return {
-        "method": type(method).__name__,
-        "config": describe(method),
-        "dataset": train.name,
-        "data_sha256": train.fingerprint,
-        "ipc": ipc,
-        "seed": seed,
-    }
+    about = {"dataset": train.name, "data_sha256": train.fingerprint, "ipc": ipc, "seed": seed}
+    return identity(method) | about
 
 
 def _write_result(path: Path, result: Distilled) -> None:

@@ -150,8 +150,8 @@ def test_seed_data_and_global_generator(toy):
     same(distill(SMALL, toy.train, 1, 3), one)
     assert not torch.equal(distill(SMALL, toy.train, 1, 4).synset.codes, one.synset.codes)
     assert one.synset.meta == {
-        "method": "DM", "config": module.describe(SMALL), "dataset": "toy", "data_sha256": toy.train.fingerprint,
-        "ipc": 1, "seed": 3,
+        "method": "dm", "config": module.settings_digest(SMALL), "settings": module.describe(SMALL),
+        "dataset": "toy", "data_sha256": toy.train.fingerprint, "ipc": 1, "seed": 3,
     }  # fmt: skip
 
 

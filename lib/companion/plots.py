@@ -1,6 +1,7 @@
-"""The figures of the notebooks: arrays in, a matplotlib figure out, one look for all (:mod:`lib.companion.theme`).
+"""The figures of the notebooks, one look for all (:mod:`lib.companion.theme`): arrays or results in, a matplotlib figure out.
 
-Tensors are accepted wherever arrays are.
+Tensors are accepted wherever arrays are. What has a mean and a deviation comes as a result, an evaluation or a
+:class:`lib.evaluate.Spread`, never as two numbers.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lib.companion.theme import FAINT, HATCHES, INK, MARKERS, PALETTE, ink_on
-from lib.system.errors import CompanionError, choose
+from lib.companion.theme import FAINT, GREY, HUE, INK, MARKERS, PALETTE, TINT, ink_on
+from lib.evaluate.spread import Spread, spread_of
+from lib.system.errors import CompanionError, choose, unknown
 
 ACCURACY = "test accuracy (%)"
+LEVELS = ((0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))  # dashes of level lines
 
 
 def image_grid(images01, labels, classes: Sequence[str], title: str = "", columns: int | None = None):
@@ -73,13 +76,14 @@ def curves(
         if smooth > 1:
             runs = np.stack([np.convolve(run, np.ones(smooth) / smooth, mode="valid") for run in runs])
         at = (np.arange(1, runs.shape[1] + smooth) if x is None else array(x))[smooth - 1 :]
-        mean = runs.mean(0)
+        points = [Spread.of(column) for column in runs.T]
+        mean = np.array([point.mean for point in points])
         label = f"{name} (n = {len(runs)})" if len(runs) > 1 else str(name)
         (line,) = ax.plot(at, mean, label=label)
         if len(runs) > 1:
-            spread = runs.std(0, ddof=1)
-            low = np.maximum(mean - spread, mean[mean > 0].min() / 10) if log else mean - spread
-            ax.fill_between(at, low, mean + spread, color=line.get_color(), alpha=0.18, linewidth=0)
+            sd = np.array([point.sd for point in points])
+            low = np.maximum(mean - sd, mean[mean > 0].min() / 10) if log else mean - sd
+            ax.fill_between(at, low, mean + sd, color=line.get_color(), alpha=0.18, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel + (f" (mean of {smooth})" if smooth > 1 else ""), title=title)
     if log:
         ax.set_yscale("log")
@@ -90,92 +94,77 @@ def curves(
     return fig
 
 
-def sweep(x: Sequence[float], series: Mapping, *, xlabel: str, ylabel: str = ACCURACY, title="", logx=False):
-    """A quantity against a setting: the mean of every point's values, with a bar of one standard deviation.
+def sweep(
+    series: Mapping, *, xlabel: str, ylabel: str = ACCURACY, title="", logx=False, reference: Mapping | None = None
+):
+    """A quantity against a setting, with bars of one standard deviation.
 
     Args:
-        x: positions of the points; series: name -> one list of repeated values per point.
+        series: name -> {position: result}; the positions of the lines may differ.
         logx: logarithmic horizontal axis; the ticks are the positions themselves.
+        reference: name -> result that does not depend on the setting, drawn as a level line.
     """
     fig, ax = _axes()
     for k, (name, points) in enumerate(series.items()):
-        means, spreads = (
-            [float(f(np.asarray(values, float))) for values in points] for f in (np.mean, np.std)
-        )
-        ax.errorbar(x, means, spreads, color=PALETTE[k % 10], marker=MARKERS[k % 10], capsize=3, label=name)
+        spreads = [spread_of(value, "sweep") for value in points.values()]
+        look = {"color": PALETTE[k % 10], "marker": MARKERS[k % 10], "capsize": 3, "label": name}
+        ax.errorbar(list(points), *_moments(spreads), **look)
+    for k, (name, value) in enumerate((reference or {}).items()):
+        ax.axhline(spread_of(value, "sweep").mean, color=INK, linestyle=LEVELS[k % len(LEVELS)], linewidth=1.1, label=name)
+    x = sorted({position for points in series.values() for position in points})
     if logx:
         ax.set_xscale("log")
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xticks=x)
     ax.set_xticklabels([f"{value:g}" for value in x])
     ax.minorticks_off()
-    if len(series) > 1:
+    if len(series) > 1 or reference:
         ax.legend()
     return fig
 
 
-def accuracy_vs_ipc(frame, title: str = ""):
-    """Accuracy over images per class, one panel per data set, from the tidy results
-    (:data:`lib.companion.tables.COLUMNS`).
+def accuracy_vs_ipc(series: Mapping, *, baseline: str = "", reference=None, title: str = ""):
+    """Accuracy over images per class, with bars of one standard deviation.
 
-    The shaded band is random real images (the rows of method ``random``, mean and standard deviation, else
-    ``random_acc``), the dashed line the whole training set (``full_acc``). Error bars are one standard
-    deviation.
+    Args:
+        series: name -> {images per class: result}.
+        baseline: the one of them that is drawn as a grey band, mean and standard deviation, such as random real images.
+        reference: ``(label, result)`` drawn as a dashed line, such as the whole training set.
     """
-    datasets = list(dict.fromkeys(frame["dataset"]))
-    fig, axes = _axes(len(datasets), width=max(3.4, 5.4 - len(datasets)), sharey=True)
-    methods = [name for name in dict.fromkeys(frame["method"]) if name != "random"]
-    for ax, dataset in zip(np.atleast_1d(axes), datasets, strict=True):
-        part = frame[frame["dataset"] == dataset]
-        ipcs = sorted(set(part["ipc"]))
-        _baselines(ax, part, ipcs)
-        for k, method in enumerate(methods):
-            rows = part[part["method"] == method].sort_values("ipc")
-            shift = (k - (len(methods) - 1) / 2) * 0.12  # so that error bars do not hide one another
-            at = [ipcs.index(ipc) + shift for ipc in rows["ipc"]]
-            errors = rows["acc_std"].astype(float).fillna(0)
-            ax.errorbar(
-                at,
-                rows["acc"],
-                errors,
-                color=PALETTE[k % 10],
-                marker=MARKERS[k % 10],
-                capsize=3,
-                label=method,
-            )
-        ax.set(
-            xlabel="images per class", title=dataset, xticks=range(len(ipcs)), xlim=(-0.6, len(ipcs) - 0.4)
-        )
-        ax.set_xticklabels(ipcs)
-        ax.grid(axis="x", visible=False)
-    np.atleast_1d(axes)[0].set_ylabel(ACCURACY)
-    entries = {}
-    for ax in np.atleast_1d(axes):
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    fig.legend(entries.values(), entries.keys(), loc="outside right center")
-    if title and len(datasets) == 1:
-        axes.set_title(f"{title}, {datasets[0]}")
-    elif title:
-        fig.suptitle(title, x=0.01, ha="left", weight="bold", size=10.5)
+    fig, ax = _axes()
+    ipcs = sorted({ipc for points in series.values() for ipc in points})
+    if baseline:
+        _band(ax, baseline, choose("series", baseline, dict(series)), ipcs)
+    if reference is not None:
+        level = spread_of(reference[1], "accuracy_vs_ipc").mean
+        ax.axhline(level, color=INK, linestyle=LEVELS[0], linewidth=1.1, label=reference[0])
+    lines = [name for name in series if name != baseline]
+    for k, name in enumerate(lines):
+        shift = (k - (len(lines) - 1) / 2) * 0.12  # so that error bars do not hide one another
+        at = [ipcs.index(ipc) + shift for ipc in series[name]]
+        spreads = [spread_of(value, "accuracy_vs_ipc") for value in series[name].values()]
+        look = {"color": PALETTE[k % 10], "marker": MARKERS[k % 10], "capsize": 3, "label": name}
+        ax.errorbar(at, *_moments(spreads), **look)
+    ax.set(xlabel="images per class", ylabel=ACCURACY, title=title)
+    ax.set(xticks=range(len(ipcs)), xlim=(-0.6, len(ipcs) - 0.4))
+    ax.set_xticklabels(ipcs)
+    ax.grid(axis="x", visible=False)
+    fig.legend(loc="outside right center")
     return fig
 
 
-def _baselines(ax, part, ipcs: Sequence[int]) -> None:
-    """Shaded random real images and the dashed ceiling of one data set."""
-    random = part[part["method"] == "random"].set_index("ipc")
-    known = (
-        part.dropna(subset=["random_acc"]).drop_duplicates("ipc").set_index("ipc")["random_acc"].astype(float)
-    )
-    mean = np.array([random["acc"].get(ipc, known.get(ipc, np.nan)) for ipc in ipcs], dtype=float)
-    spread = np.nan_to_num(np.array([random["acc_std"].get(ipc, 0) for ipc in ipcs], dtype=float))
-    if np.isfinite(mean).any():
-        # half a step beyond the first and last point, so that a single one shows as a band, too
-        at = np.concatenate([[-0.4], np.arange(len(ipcs)), [len(ipcs) - 0.6]])
-        mean, spread = (np.concatenate([v[:1], v, v[-1:]]) for v in (mean, spread))
-        ax.fill_between(at, mean - spread, mean + spread, color=FAINT, alpha=0.3, linewidth=0)
-        ax.plot(at, mean, color=FAINT, linestyle="-", linewidth=1.2, label="random real images")
-    full = part["full_acc"].dropna().astype(float)
-    if len(full):
-        ax.axhline(full.max(), color=INK, linestyle=(0, (6, 3)), linewidth=1.1, label="whole training set")
+def _band(ax, name: str, points: Mapping, ipcs: Sequence[int]) -> None:
+    """A result of every IPC as a grey band, half a step beyond both ends so that a single one shows as a band, too."""
+    known = [k for k, ipc in enumerate(ipcs) if ipc in points]
+    mean, sd = (np.array(values) for values in _moments([spread_of(points[ipcs[k]], "accuracy_vs_ipc") for k in known]))
+    at = np.concatenate([[known[0] - 0.4], known, [known[-1] + 0.4]])
+    mean, sd = (np.concatenate([values[:1], values, values[-1:]]) for values in (mean, sd))
+    ax.fill_between(at, mean - sd, mean + sd, color=FAINT, alpha=0.35, linewidth=0)
+    ax.plot(at, mean, color=FAINT, linestyle="-", marker="", label=name)
+
+
+def _moments(spreads: Sequence[Spread]) -> tuple[list[float], list[float]]:
+    """Means and deviations, 0 where there is none."""
+    return [one.mean for one in spreads], [one.sd if np.isfinite(one.sd) else 0.0 for one in spreads]
 
 
 def embed_2d(features, method: str = "pca", seed: int = 0) -> np.ndarray:
@@ -243,35 +232,31 @@ def embedding_scatter(
     return fig
 
 
-def heatmap(
-    matrix,
-    spread,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    unit=ACCURACY,
-    title="",
-    xlabel="",
-    ylabel="",
-):
-    """A table in colour, each cell annotated "mean ± sd" (only the mean where ``spread`` is None or not
-    finite).
+def heatmap(table: Mapping, *, unit=ACCURACY, title="", xlabel="", ylabel="", digits: int = 1):
+    """A table in colour, each cell annotated "mean ± sd".
+
+    Args:
+        table: row -> {column: result}; a column that a row lacks stays empty.
     """
-    matrix = array(matrix).astype(float)
-    spread = np.full_like(matrix, np.nan) if spread is None else array(spread).astype(float)
-    width, height = 2.2 + 0.92 * len(columns), 1.1 + 0.46 * len(rows)
+    spreads = {
+        str(row): {str(column): spread_of(value, "heatmap") for column, value in cells.items()}
+        for row, cells in table.items()
+    }
+    columns = list(dict.fromkeys(column for cells in spreads.values() for column in cells))
+    means = np.array([[_mean(cells.get(column)) for column in columns] for cells in spreads.values()])
+    width, height = 2.2 + 0.92 * len(columns), 1.1 + 0.46 * len(spreads)
     fig, ax = _axes(width=max(width, 4.2), height=max(height, 2.2))
-    image = ax.imshow(matrix, aspect="auto")
-    for (i, j), value in np.ndenumerate(matrix):
-        text = "" if np.isnan(value) else f"{value:.1f}"
-        text += f" ± {spread[i, j]:.1f}" if text and np.isfinite(spread[i, j]) else ""
-        ax.annotate(text, (j, i), ha="center", va="center", size=8, color=ink_on(image.to_rgba(value)))
-    ax.set(xticks=range(len(columns)), yticks=range(len(rows)), title=title, xlabel=xlabel, ylabel=ylabel)
+    image = ax.imshow(means, aspect="auto")
+    for i, cells in enumerate(spreads.values()):
+        for j, column in enumerate(columns):
+            text = cells[column].text(digits) if column in cells and np.isfinite(means[i, j]) else ""
+            ax.annotate(text, (j, i), ha="center", va="center", size=8, color=ink_on(image.to_rgba(means[i, j])))
+    ax.set(xticks=range(len(columns)), yticks=range(len(spreads)), title=title, xlabel=xlabel, ylabel=ylabel)
     slanted = (
         {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 11 else {}
     )
     ax.set_xticklabels(columns, **slanted)
-    ax.set_yticklabels(rows)
+    ax.set_yticklabels(list(spreads))
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
@@ -279,53 +264,79 @@ def heatmap(
     return fig
 
 
+def _mean(spread: Spread | None) -> float:
+    return np.nan if spread is None else spread.mean
+
+
 def bars(
-    names: Sequence[str], values, errors=None, *, xlabel: str = ACCURACY, title: str = "", reference=None
+    values: Mapping,
+    *,
+    highlight: str = "",
+    baseline: str | Sequence[str] = (),
+    reference=None,
+    xlabel: str = ACCURACY,
+    title: str = "",
+    digits: int | None = None,
 ):
     """Horizontal bars with error bars (one standard deviation) and the numbers written out.
 
+    One hue: all bars are pale, ``highlight`` is dark and ``baseline`` grey and hatched, so that the three are told apart
+    without colour.
+
     Args:
-        reference: ``(label, value)`` drawn as a dashed line, such as the whole training set.
+        values: label -> result, from top to bottom.
+        highlight: the label that the figure is about; baseline: the label (or labels) it is compared with.
+        reference: ``(label, result)`` drawn as a dashed line, such as the whole training set.
+        digits: decimals of the numbers; None: 1 for accuracies, else three figures of the longest bar.
+    Raises:
+        CompanionError: a highlight or baseline that is no label; a value that is no result.
     """
-    values = array(values).astype(float)
-    errors = np.zeros_like(values) if errors is None else np.nan_to_num(array(errors).astype(float))
-    largest = np.abs(values).max()  # three figures of the longest bar
-    digits = int(np.clip(2 - np.floor(np.log10(largest)), 1, 6)) if largest > 0 else 1
-    fig, ax = _axes(height=1.2 + 0.38 * len(names))
+    spreads = {str(name): spread_of(value, "bars") for name, value in values.items()}
+    grey = (baseline,) if isinstance(baseline, str) else tuple(baseline)
+    for name in (*grey, highlight):
+        if name and name not in spreads:
+            raise unknown("bar", name, spreads)
+    if digits is None:
+        digits = 1 if xlabel == ACCURACY else _digits(max(abs(one.mean) for one in spreads.values()))
+    fig, ax = _axes(height=1.2 + 0.38 * len(spreads))
     halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
-    for k, (value, error) in enumerate(zip(values, errors, strict=True)):
-        colour, hatch = PALETTE[k % 10], HATCHES[k % len(HATCHES)]
-        ax.barh(k, value, xerr=error or None, height=0.62, color=colour, hatch=hatch, ecolor=INK, capsize=3)
-        text = f"{value:.{digits}f} ± {error:.{digits}f}" if error else f"{value:.{digits}f}"
-        ax.annotate(
-            text,
-            (value + error, k),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            size=8.5,
-            bbox=halo,
-        )
+    for k, (name, spread) in enumerate(spreads.items()):
+        look = {"color": HUE if name == highlight else TINT, "edgecolor": "white", "hatch": ""}
+        look = {"color": GREY, "edgecolor": "white", "hatch": "///"} if name in grey else look
+        sd = spread.sd if np.isfinite(spread.sd) else None
+        ax.barh(k, spread.mean, xerr=sd, height=0.62, ecolor=INK, capsize=3, linewidth=0, **look)
+        end = spread.mean + (sd or 0)
+        style = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "size": 8.5, "bbox": halo}
+        weight = "bold" if name == highlight else "normal"
+        ax.annotate(spread.text(digits), (end, k), weight=weight, **style)
     if reference is not None:
-        line = {"color": INK, "linestyle": (0, (6, 3)), "linewidth": 1.1, "zorder": 1}
-        ax.axvline(reference[1], label=reference[0], **line)
+        line = {"color": INK, "linestyle": LEVELS[0], "linewidth": 1.1, "zorder": 1}
+        ax.axvline(spread_of(reference[1], "bars").mean, label=reference[0], **line)
         fig.legend(loc="outside lower right")
-    ax.set(xlabel=xlabel, title=title, yticks=range(len(names)))
-    ax.set_yticklabels(names)
+    ax.set(xlabel=xlabel, title=title, yticks=range(len(spreads)))
+    ax.set_yticklabels(list(spreads))
     ax.margins(x=0.16)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return fig
 
 
-def cost_scatter(seconds, values, errors, names: Sequence[str], title: str = ""):
-    """Accuracy against seconds per set (logarithmic), each method labelled."""
-    seconds, values = array(seconds).astype(float), array(values).astype(float)
-    errors = np.nan_to_num(array(errors).astype(float))
+def _digits(largest: float) -> int:
+    """Decimals that leave three figures."""
+    return int(np.clip(2 - np.floor(np.log10(largest)), 1, 6)) if largest > 0 else 1
+
+
+def cost_scatter(values: Mapping, seconds: Mapping, title: str = ""):
+    """Accuracy against seconds per set (logarithmic), each label told apart.
+
+    Args:
+        values: label -> result; seconds: label -> seconds of one distillation.
+    """
     fig, ax = _axes()
-    for k, name in enumerate(names):
+    for k, (name, value) in enumerate(values.items()):
+        (mean,), (sd,) = _moments([spread_of(value, "cost_scatter")])
         look = {"color": PALETTE[k % 10], "marker": MARKERS[k % 10], "capsize": 3, "linestyle": "none"}
-        ax.errorbar(seconds[k], values[k], errors[k], label=name, **look)
+        ax.errorbar(seconds[name], mean, sd, label=name, **look)
     ax.set(xlabel="seconds per set", ylabel=ACCURACY, title=title, xscale="log")
     fig.legend(loc="outside right center")
     return fig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.evaluate.spread import Spread
 from lib.system.files import ROOT
 from lib.system.measure import process_peak
 
@@ -76,8 +78,10 @@ def sha256(path: Path) -> str:
 
 def plain(value: object) -> object:
     """``value`` as JSON can hold it: arrays and tensors as lists, NaN and infinity as None, anything else as
-    text.
+    text; a Spread as its moments and values.
     """
+    if isinstance(value, Spread):
+        value = dataclasses.asdict(value)
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, (np.ndarray, np.generic)):

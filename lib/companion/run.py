@@ -9,14 +9,14 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.companion import provenance, tables, verdicts
+from lib.companion import provenance, shown, tables, verdicts
 from lib.companion.profiles import Profile, cases_of, profile_named
 from lib.companion.verdicts import Verdict
 from lib.system.allocator import keep_large_blocks
@@ -25,9 +25,6 @@ from lib.system.files import ROOT, inside, write_text
 from lib.system.measure import Meter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-SVG_LIMIT = (
-    120_000  # bytes; a heavier vector file is a scatter or an image in disguise and the PNG serves better
-)
 STREAMS = 1_000_000  # seeds of different runs never share a generator stream
 
 
@@ -156,6 +153,19 @@ class Run:
         """A row of the results table with ``notebook`` and ``commit`` filled in; accuracies in percent."""
         return tables.Row(**{"notebook": self.notebook, "commit": self.git["commit"] or ""} | fields)
 
+    def algorithm(self, name: str) -> None:
+        """Show the plain version of a method (``lib/plain/<name>.py``), highlighted."""
+        shown.algorithm(name)
+
+    def settings(self, cases, name: str, variant: str = "", *, method=None, paper=None):
+        """The table "here / paper" of the settings that differ (:func:`lib.companion.shown.settings`).
+
+        Args:
+            cases: one :class:`lib.companion.study.Case` or several.
+        """
+        several = cases if isinstance(cases, (list, tuple)) else [cases]
+        return shown.settings(several, name, variant, method=method, paper=paper)
+
     def record(self, **config) -> None:
         """Add settings, fingerprints or counts to ``run.json``."""
         self.config.update(config)
@@ -189,25 +199,29 @@ class Run:
         tables.write_csv(frame, self._new("tables", self.results, name, ".csv"))
         return tables.readable(frame, digits)
 
-    def save_figure(self, fig, name: str, caption: str, *, thumbnail: bool = False) -> None:
-        """Write ``fig`` as PNG, and as SVG where that is light, and show it.
+    def save_figure(self, fig, name: str, caption: str, *, see: str, thumbnail: bool = False) -> None:
+        """Write ``fig`` as PNG and show it, with the sentence that says what to see below it.
 
         In a notebook the figure is displayed here, with the caption as its alternative text, and then closed,
         so it must not be displayed again. Elsewhere it stays open. ``thumbnail`` puts it on the gallery card
         (else the first figure saved is there).
-        """
-        from lib.companion.theme import save_png, save_svg
 
+        Args:
+            caption: what the figure shows, for those who do not see it.
+            see: one sentence: what a reader should see in it. It holds no measured number, which would differ between machines.
+        Raises:
+            CompanionError: no such sentence.
+        """
+        from lib.companion.theme import save_png
+
+        if not see.strip().endswith("."):
+            raise CompanionError(f"figure {name!r} needs one sentence that says what to see, not {see!r}")
         png = self._new("figures", self.figures, name, ".png")
         save_png(fig, png)
-        save_svg(fig, png.with_suffix(".svg"), SVG_LIMIT)
-        self.saved["figures"][name] |= {
-            "caption": caption,
-            "thumbnail": thumbnail,
-            "svg": png.with_suffix(".svg").exists(),
-        }
+        self.saved["figures"][name] |= {"caption": caption, "see": see, "thumbnail": thumbnail}
         if _in_notebook():
             _show(fig, caption)
+            shown.markdown(see)
 
     def save_set(self, synset, name: str) -> Path:
         """Store a synthetic set through its own ``save(path)`` as
@@ -225,36 +239,36 @@ class Run:
         return path
 
     def check(self, text: str, ok: bool, *, must: bool = False, **numbers) -> bool:
-        """Print and keep the verdict on a claim; ``numbers`` are what it was judged by.
+        """Print and keep the verdict on a claim; ``numbers`` (or results, Spreads) are what it was judged by.
 
         Raises:
             AssertionError: if ``must`` and the claim failed.
         """
-        return self._judge(Verdict(text, bool(ok), provenance.plain(numbers)), must)
+        known = {name: getattr(value, "spread", value) for name, value in numbers.items()}
+        return self._judge(Verdict(text, bool(ok), known), must)
 
-    def close(self, name: str, value: float, target: float, tol: float, *, must: bool = False) -> bool:
-        """The verdict ``|value - target| <= tol``."""
-        return self._judge(verdicts.judge_close(name, value, target, tol), must)
+    def close(self, text: str, value, target: float, tol: float, *, must: bool = False) -> bool:
+        """The verdict ``|value - target| <= tol``; ``value`` is a number, or a result or Spread, whose mean is taken."""
+        return self._judge(verdicts.judge_close(text, value, target, tol), must)
 
-    def better(
-        self, text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2, *, paired=False, must=False
-    ) -> bool:
-        """The verdict "a beats b by more than ``n_se`` standard errors of the difference", one value per
-        repetition; ``paired`` where a and b are the same repetitions under two conditions.
+    def better(self, text: str, a, b, *, lower=False, paired=False, n_se: float = 2, digits=1, must=False) -> bool:
+        """The verdict "a is better than b by more than ``n_se`` standard errors of the difference".
+
+        Args:
+            a, b: results or Spreads of independent repetitions.
+            lower: smaller is better, as of losses and gaps.
+            paired: a and b are the same repetitions under two conditions.
+            digits: decimals of the numbers in the line.
         """
-        judge = verdicts.judge_better_paired if paired else verdicts.judge_better
-        return self._judge(judge(text, a, b, n_se), must)
+        options = {"lower": lower, "paired": paired, "n_se": n_se, "digits": digits}
+        return self._judge(verdicts.judge_better(text, a, b, **options), must)
 
     def _judge(self, verdict: Verdict, must: bool) -> bool:
         self.judged.append(verdict)
         print(verdict.line)
         if must and not verdict.ok:
-            raise AssertionError(f"{verdict.text}: {verdict.numbers}")
+            raise AssertionError(verdict.line)
         return verdict.ok
-
-    def verdicts(self, digits: int = 2):
-        """The verdicts with their numbers, to display in a cell tagged ``nbval-ignore-output``."""
-        return tables.readable(verdicts.frame(self.judged), digits)
 
     def finish(self, *, title: str = "", claim: str = "") -> None:
         """Write ``run.json``: where every file, number and verdict of this run comes from."""
@@ -270,7 +284,9 @@ class Run:
             "cases": self.cases,
             "repetitions": {key: getattr(self.profile, key) for key in ("sets", "networks", "random_draws")},
             "config": self.config,
-            "verdicts": [{"text": v.text, "ok": v.ok, "numbers": v.numbers} for v in self.judged],
+            "verdicts": [
+                {"text": v.text, "ok": v.ok, "line": v.line, "numbers": v.numbers} for v in self.judged
+            ],
             **{kind: self._hashed(kind) for kind in ("figures", "tables", "sets")},
             "git": self.git,
             "versions": provenance.versions(),

@@ -1,10 +1,16 @@
-"""One case of a run (a data set at an IPC): data, protocols, distilled sets, baselines and rows, alike in every notebook."""
+"""One case of a run (a data set at an IPC): data, protocols, distilled sets, baselines and rows, alike in every notebook.
+
+    results = {case: {"random": case.random(), "dm": case.study("dm")} for case in cases}
+    results[case]["dm"].spread
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,68 +18,95 @@ from lib import data as datasets
 from lib.companion import plots, tables
 from lib.companion.published import quoted
 from lib.companion.run import Run
-from lib.distill import Distilled, distill
-from lib.evaluate import Evaluation, Protocol, evaluate, full_data_accuracy, protocol
-from lib.synset import check_ipc
+from lib.distill import Distilled, distill, settings_digest
+from lib.evaluate import PROTOCOLS, Evaluation, Protocol, Spread, evaluate, full_data_accuracy, protocol
+from lib.methods import METHODS, method, name_of, recipes
+from lib.recipes import Recipe, Recipes
+from lib.synset import SyntheticSet, check_ipc
+from lib.system.errors import CompanionError
 
-SMALL = ("digits", "photos16", "photos32")
-FULL_EPOCHS = {"digits": 30, "photos16": 10, "photos32": 10}
 RANDOM_NETWORKS = 1  # per draw: with eight draws the draws, not the networks, make the spread
 SEED_STEP = 1000  # run seed 1 never meets the sets of run seed 0
 
 
 @dataclass(frozen=True)
 class Result:
-    """A method on a case: its distilled sets, and their accuracies under a protocol."""
+    """A method on a case: its distilled sets, and their accuracies under a protocol.
 
-    method: str
+    Attributes:
+        method: the settings; variant: "" for those of the recipe.
+    """
+
+    method: Any
+    variant: str
     distilled: list[Distilled]
     evaluation: Evaluation
 
     @property
-    def percent(self) -> list[float]:
-        """Mean accuracy of every distilled set in percent: the independent repetitions."""
-        return [100 * value for value in self.evaluation.per_set.tolist()]
+    def name(self) -> str:
+        """Of the method in ``lib.methods.METHODS``."""
+        return name_of(self.method)
 
     @property
-    def sets(self):
-        return [one.synset for one in self.distilled]
+    def label(self) -> str:
+        """How figures and tables write it."""
+        return tables.label(self.name, self.variant)
+
+    @property
+    def spread(self) -> Spread:
+        """Accuracy in percent over the distilled sets, the independent repetitions."""
+        return self.evaluation.spread
+
+    @property
+    def sets(self) -> list[SyntheticSet]:
+        return [run.synset for run in self.distilled]
 
     @property
     def seconds(self) -> float:
         """Seconds per distilled set."""
-        return sum(one.seconds for one in self.distilled) / len(self.distilled)
+        return sum(run.seconds for run in self.distilled) / len(self.distilled)
 
 
 class Case:
-    """Everything of one (data set, IPC).
+    """Everything of one (data set, IPC). Two cases of the same data set and IPC are equal, so results are indexed by case.
 
     Attributes:
-        plain, augmented: the two protocols of the case, without and with DSA augmentation (the small ones on the embedded data,
-            ``dc`` and ``dsa`` elsewhere).
+        plain, augmented: the two protocols of the case, without and with DSA augmentation (the small ones on small data, ``dc``
+            and ``dsa`` elsewhere).
     """
 
     def __init__(self, run: Run, dataset: str, ipc: int):
         self.run, self.dataset = run, dataset
         self.data = datasets.load(dataset, device=run.device)
         self.ipc = check_ipc(ipc, self.data.train.smallest_class)
-        names = ("cpu-small", "cpu-small-dsa") if dataset in SMALL else ("dc", "dsa")
+        names = ("cpu-small", "cpu-small-dsa") if self.small else ("dc", "dsa")
         self.plain, self.augmented = (protocol(name, self.data.train) for name in names)
 
     def __repr__(self) -> str:
         return f"{self.dataset} IPC {self.ipc}"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Case) and (self.dataset, self.ipc) == (other.dataset, other.ipc)
+
+    def __hash__(self) -> int:
+        return hash((self.dataset, self.ipc))
+
     @property
     def small(self) -> bool:
-        """Whether this is embedded data, where small networks and short runs are the point."""
-        return self.dataset in SMALL
+        """Whether small networks and short runs are the point, as the data say."""
+        return self.data.train.small
 
-    def distil(self, method, sets: int | None = None, snapshots: Sequence[int] = ()) -> list[Distilled]:
+    def recipe(self, what: str | Recipes, variant: str = "") -> Recipe:
+        """The row of a method (its name, or its table) for this data set and IPC."""
+        table = recipes(what) if isinstance(what, str) else what
+        return table.find(self.data.train, self.ipc, variant)
+
+    def distil(self, settings, sets: int | None = None, snapshots: Sequence[int] = ()) -> list[Distilled]:
         """Independent distilled sets of one method (cached by content), seeds derived from the run's."""
-        with self.run.stage(f"{type(method).__name__} on {self!r}"):
+        with self.run.stage(f"{name_of(settings)} on {self!r}"):
             return [
                 distill(
-                    method,
+                    settings,
                     self.data.train,
                     self.ipc,
                     self.run.seed * SEED_STEP + k,
@@ -86,100 +119,166 @@ class Case:
 
     def evaluate(
         self, distilled: Sequence[Distilled], protocol: Protocol | None = None, networks: int | None = None
-    ):
+    ) -> Evaluation:
         """Accuracies of these sets (cached by content)."""
-        sets = [one.synset for one in distilled]
+        sets = [run.synset for run in distilled]
         with self.run.stage(f"evaluation on {self!r}"):
             count = networks or self.run.profile.networks
             return evaluate(sets, self.data, protocol or self.plain, self.run.seed, count, cache=True)
 
     def study(
-        self, name: str, method, protocol: Protocol | None = None, *, sets=None, networks=None, snapshots=()
+        self, what: Any, variant: str = "", protocol: Protocol | None = None, *, sets=None, networks=None, snapshots=()
     ) -> Result:
-        """Distil and evaluate."""
-        distilled = self.distil(method, sets, snapshots)
-        return Result(name, distilled, self.evaluate(distilled, protocol, networks))
+        """Distil and evaluate.
 
-    def random(self, method, protocol: Protocol | None = None) -> Result:
+        Args:
+            what: name of a method (its recipe is taken, that of the variant, which must have one), a ``Recipe``, or settings.
+            variant: "" for a method at its recipe; whatever differs from it has a name.
+            protocol: default :attr:`plain`.
+        """
+        if isinstance(what, str):
+            what = self.recipe(what, variant)
+        if isinstance(what, Recipe):
+            what, variant = what.method, variant or what.variant
+        distilled = self.distil(what, sets, snapshots)
+        return Result(what, variant, distilled, self.evaluate(distilled, protocol, networks))
+
+    def under(self, result: Result, protocol: Protocol, networks: int | None = None) -> Result:
+        """The same sets under another protocol."""
+        return replace(result, evaluation=self.evaluate(result.distilled, protocol, networks))
+
+    def random(self, protocol: Protocol | None = None) -> Result:
         """The baseline: more draws than any method gets, since draws of few images differ by ten points."""
         draws = self.run.profile.random_draws
-        return self.study("random", method, protocol, sets=draws, networks=RANDOM_NETWORKS)
+        return self.study(method("random")(), protocol=protocol, sets=draws, networks=RANDOM_NETWORKS)
 
     def losses(self, result: Result, name: str = "loss") -> torch.Tensor:
         """A metric of every step of every set, ``(sets, steps)``."""
-        return torch.stack([one.history[name] for one in result.distilled])
+        return torch.stack([run.history[name] for run in result.distilled])
 
-    def show(self, result: Result, *, columns: int = 10, thumbnail: bool = False) -> None:
+    def stem(self, result: Result) -> str:
+        """Name of the files of a result: ``dm_digits_ipc1``, ``ddm_gram_digits_ipc1``."""
+        variant = re.sub(r"[^a-z0-9]+", "-", result.variant.lower()).strip("-")
+        return "_".join(filter(None, [result.name, variant, self.dataset, f"ipc{self.ipc}"]))
+
+    def save_set(self, result: Result) -> None:
+        """Store the first distilled set as ``results/<run>/<notebook>/<stem>.safetensors``."""
+        self.run.save_set(result.sets[0], self.stem(result))
+
+    def show(self, result: Result, *, see: str, columns: int = 10, thumbnail: bool = False) -> None:
         """Save the images of the first set: at the start and at the end of the distillation, a film strip between them, and what
-        one stored image of four classes is decoded to, where that is more than itself."""
-        one, name = result.distilled[0], f"{result.method.lower()}_{self.dataset}_ipc{self.ipc}"
-        classes = one.synset.classes
-        end, labels = (tensor.cpu() for tensor in one.synset.stored())
-        begin = one.snapshots.get(0, end[:0])[: len(end)]
-        for part, images in (("start", begin), ("end", end)):
-            if len(images):
-                steps = "before the first step" if part == "start" else "distilled"
-                figure = plots.image_grid(
-                    images, labels, classes, f"{result.method} on {self!r}, {steps}", columns
-                )
-                text = f"{result.method} on {self!r}: images {steps}, by class."
-                self.run.save_figure(figure, f"{part}_{name}", text, thumbnail=thumbnail and part == "end")
-        present = labels.unique().tolist()
-        first = [int((labels == c).nonzero()[0]) for c in present]
-        if len(one.synset.targets) > len(labels):
-            first = first[:4]
-            few = replace(one.synset, codes=one.synset.codes[first], labels=one.synset.labels[first])
-            figure = plots.image_grid(
-                few.viewable().cpu(),
-                few.hard_labels.cpu(),
-                classes,
-                f"{result.method} on {self!r}, decoded",
-            )
-            text = f"What one stored image of four classes is decoded to, {result.method} on {self!r}."
-            self.run.save_figure(figure, f"decoded_{name}", text)
-        if len(one.snapshots) > 1:
-            film = torch.stack([one.snapshots[step][first[:4]] for step in sorted(one.snapshots)])
-            figure = plots.film_strip(
-                film,
-                sorted(one.snapshots),
-                [classes[c] for c in present[:4]],
-                f"{result.method} on {self!r}",
-            )
-            self.run.save_figure(
-                figure, f"film_{name}", f"One image of four classes while {result.method} runs."
-            )
+        one stored image of four classes is decoded to, where that is more than itself.
+
+        Args:
+            see: one sentence: what to see in the distilled images.
+        """
+        first, title = result.distilled[0], f"{result.label} on {self!r}"
+        begin = first.snapshots.get(0, first.synset.codes[:0])
+        if len(begin):
+            begin = begin[: len(first.synset.codes)]
+            self._grid(result, "start", begin, f"{title}, before the first step", "Where the distillation starts.", columns)
+        self._grid(result, "end", first.synset.stored()[0], f"{title}, distilled", see, columns, thumbnail)
+        if len(first.synset.targets) > len(first.synset.labels):
+            self._decoded(result)
+        if len(first.snapshots) > 1:
+            self._film(result)
+
+    def _grid(self, result: Result, part: str, images, title: str, see: str, columns: int, thumbnail=False) -> None:
+        synset = result.sets[0]
+        fig = plots.image_grid(images.cpu(), synset.stored()[1].cpu(), synset.classes, title, columns)
+        self.run.save_figure(fig, f"{part}_{self.stem(result)}", f"{title}: images by class.", see=see, thumbnail=thumbnail)
+
+    def _firsts(self, result: Result) -> list[int]:
+        """One stored image of each of the first four classes that have any."""
+        labels = result.sets[0].stored()[1].cpu()
+        return [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()[:4]]
+
+    def _decoded(self, result: Result) -> None:
+        synset, chosen = result.sets[0], self._firsts(result)
+        few = replace(synset, codes=synset.codes[chosen], labels=synset.labels[chosen])
+        title = f"{result.label} on {self!r}, decoded"
+        fig = plots.image_grid(few.viewable().cpu(), few.hard_labels.cpu(), synset.classes, title)
+        text = f"What one stored image of four classes is decoded to, {result.label} on {self!r}."
+        see = "One stored image of a class makes all the images of its row: these are what a network is trained on."
+        self.run.save_figure(fig, f"decoded_{self.stem(result)}", text, see=see)
+
+    def _film(self, result: Result) -> None:
+        first, chosen = result.distilled[0], self._firsts(result)
+        steps = sorted(first.snapshots)
+        film = torch.stack([first.snapshots[step][chosen] for step in steps])
+        names = [first.synset.classes[c] for c in first.synset.stored()[1].cpu()[chosen].tolist()]
+        fig = plots.film_strip(film, steps, names, f"{result.label} on {self!r}")
+        text = f"One image of four classes while {result.label} runs on {self!r}."
+        see = "Every row is one image, from its start on the left to the distilled one on the right."
+        self.run.save_figure(fig, f"film_{self.stem(result)}", text, see=see)
 
     @functools.cached_property
     def full(self) -> Evaluation:
         """The ceiling: the same network on all training data."""
+        epochs = 200 if not self.small else 30 if self.data.train.channels == 1 else 10
         with self.run.stage(f"full data on {self!r}"):
-            return full_data_accuracy(
-                self.data, self.plain, self.run.seed, networks=3, epochs=FULL_EPOCHS.get(self.dataset, 200)
+            return full_data_accuracy(self.data, self.plain, self.run.seed, networks=3, epochs=epochs)
+
+    def row(self, result: Result, *, random: Result | None = None, **changes) -> tables.Row:
+        """The tidy row of a result, with the published accuracy of the same method, data set and IPC if there is one.
+
+        Args:
+            random: the baseline under the same protocol; changes: fields of the row that are others.
+        Raises:
+            CompanionError: settings that differ from the recipe, or a changed protocol, without a name of their own.
+        """
+        self._check_identity(result)
+        paper = quoted(result.name, self.dataset, self.ipc, result.variant)
+        evaluation, synset = result.evaluation, result.sets[0]
+        sets, networks = evaluation.accuracy.shape
+        found = {
+            "method": result.name,
+            "variant": result.variant,
+            "config": settings_digest(result.method),
+            "dataset": self.dataset,
+            "ipc": self.ipc,
+            "network": evaluation.protocol.network,
+            "protocol": evaluation.protocol.name,
+            "labels": "soft" if synset.soft else "hard",
+            "seeds": f"seed {self.run.seed}: {sets} sets x {networks} networks",
+            "accuracy": result.spread,
+            "networks": networks,
+            "random": None if random is None else random.spread,
+            "full": self.full.spread,
+            "paper": None if paper is None else paper[0],
+            "paper_source": "" if paper is None else paper[1],
+            "seconds": result.seconds,
+            "peak_mb": max(run.peak_bytes for run in result.distilled) / 1e6,
+            "bytes_images": synset.bytes_images,
+            "bytes_labels": synset.bytes_labels,
+        }
+        return self.run.row(**found | changes)
+
+    def rows(self, results, baseline: str = "random") -> list[tables.Row]:
+        """Rows of ``{key: result}``, each with the result under ``baseline`` beside it."""
+        random = results.get(baseline)
+        return [self.row(result, random=None if key == baseline else random) for key, result in results.items()]
+
+    def _check_identity(self, result: Result) -> None:
+        """Refuse a variant or protocol that is not what its name says."""
+        used = result.evaluation.protocol
+        if isinstance(used, Protocol) and used.name in PROTOCOLS:
+            named = replace(protocol(used.name, self.data.train), network=used.network)
+            if replace(used, sets=named.sets, networks=named.networks) != named:
+                raise CompanionError(
+                    f"the protocol of {result.label} on {self!r} is called {used.name!r} but differs from it: give it a name of its own"
+                )
+        wanted = self._named_settings(result.name, result.variant)
+        if wanted is not None and settings_digest(wanted) != settings_digest(result.method):
+            what = f"variant {result.variant!r}" if result.variant else "recipe"
+            raise CompanionError(
+                f"the settings of {result.label} on {self!r} are not those of its {what}: name the variant, "
+                f'as in case.study(method, "with DSA")'
             )
 
-    def row(self, result: Result, *, random: Result | None = None) -> tables.Row:
-        """The tidy row of a result, with the published accuracy of the same method, data set and IPC if there is one."""
-        paper = quoted(result.method, self.dataset, self.ipc)
-        evaluation, one = result.evaluation, result.distilled[0].synset
-        sets, networks = evaluation.accuracy.shape
-        return self.run.row(
-            method=result.method,
-            dataset=self.dataset,
-            ipc=self.ipc,
-            network=evaluation.protocol.network,
-            protocol=evaluation.protocol.name,
-            labels="soft" if one.soft else "hard",
-            seed_scheme=f"{sets} sets x {networks} networks",
-            acc=100 * evaluation.mean,
-            acc_std=100 * evaluation.std,
-            n_sets=sets,
-            n_networks=networks,
-            random_acc=None if random is None else 100 * random.evaluation.mean,
-            full_acc=100 * self.full.mean,
-            paper_acc=None if paper is None else paper[0],
-            paper_source="" if paper is None else paper[1],
-            seconds=result.seconds,
-            peak_mb=max(one.peak_bytes for one in result.distilled) / 1e6,
-            bytes_images=one.bytes_images,
-            bytes_labels=one.bytes_labels,
-        )
+    def _named_settings(self, name: str, variant: str) -> Any:
+        """What a name and a variant stand for; None for a variant that no table lists."""
+        if name == "random":
+            return None if variant else method("random")()
+        known = name in METHODS and variant in recipes(name).variants
+        return self.recipe(name, variant).method if known else None

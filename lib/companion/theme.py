@@ -27,8 +27,8 @@ PALETTE = (
     "#ece133",
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 INK, FAINT = "#333333", "#9aa0a6"
+HUE, TINT, GREY = PALETTE[0], "#a8cde6", "#b3b6ba"  # of bars: the one looked at, the others, what they are compared with
 STYLE = Path(__file__).with_name("companion.mplstyle")
 
 
@@ -45,27 +45,6 @@ def save_png(fig, path: Path) -> None:
     fig.savefig(buffer, format="png", dpi=150)
     with atomic(path) as temporary:
         temporary.write_bytes(palette_png(buffer.getvalue()))
-
-
-def save_svg(fig, path: Path, limit: int) -> bool:
-    """SVG beside the PNG where it is vector at heart (no picture in it) and under ``limit`` bytes;
-    deterministic bytes.
-
-    Returns whether it was written; an older file is removed otherwise.
-    """
-    buffer = io.BytesIO()
-    vector = all(
-        image.get_size()[0] * image.get_size()[1] <= 10_000 for ax in fig.axes for image in ax.images
-    )
-    if vector:
-        fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    light = 0 < buffer.tell() <= limit
-    if light:
-        with atomic(path) as temporary:
-            temporary.write_bytes(buffer.getvalue())
-    else:
-        path.unlink(missing_ok=True)
-    return light
 
 
 def ink_on(colour) -> str:

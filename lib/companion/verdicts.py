@@ -1,116 +1,98 @@
-"""Judgements on measured numbers: a claim, whether it held, and the numbers it was judged by.
+"""Judgements on measured numbers: a claim, whether it held, and the numbers it was judged by, in one line.
 
-The printed line holds only the judgement, which is the same on every machine; the numbers go to ``run.json``
-and to the table of :func:`frame`.
+    confirmed      DM beats random real images on digits IPC 1 [86.2 ± 1.4 (n=3) against 64.8 ± 6.1 (n=8)]
+    not confirmed  DSA beats DM on digits IPC 1 [86.0 ± 1.0 (n=3) against 86.2 ± 1.4 (n=3)]
+
+The judgement is the same on every machine; the numbers, which are not, stand in square brackets at the end of the line, where
+the test of the notebooks drops them (``tests/nbval_sanitize.cfg``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lib.evaluate.spread import Spread, spread_of
 from lib.system.errors import CompanionError
 
-HELD, FAILED = "ok", "not at this scale"
+HELD, FAILED = "confirmed", "not confirmed"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim of a paper, checked."""
+    """One claim of a paper, checked.
+
+    Attributes:
+        numbers: what it was judged by, for ``run.json``; shown: the same for a reader, "" for the numbers themselves.
+    """
 
     text: str
     ok: bool
     numbers: dict = field(default_factory=dict)
+    shown: str = ""
 
     @property
     def line(self) -> str:
-        """``ok  DM beats random`` or ``not at this scale  DM beats random``."""
-        return f"{HELD if self.ok else FAILED}  {self.text}"
+        """Judgement, claim, and the numbers in square brackets."""
+        shown = self.shown or ", ".join(f"{name} = {_number(value)}" for name, value in self.numbers.items())
+        numbers = f" [{shown}]" if shown else ""
+        return f"{HELD if self.ok else FAILED:<{len(FAILED)}}  {self.text}{numbers}"
 
 
-def judge_close(name: str, value: float, target: float, tol: float) -> Verdict:
-    """``|value - target| <= tol``; false for a value that is not finite. ``tol`` must be positive."""
-    if not tol > 0:
-        raise CompanionError(f"the tolerance of {name!r} must be positive, not {tol!r}")
-    value = float(value)
-    numbers = {"value": value, "reference": float(target), "difference": value - target, "tolerance": tol}
-    return Verdict(f"{name} within {tol:g} of {target:g}", abs(value - target) <= tol, numbers)
-
-
-def judge_better(text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2) -> Verdict:
-    """``mean(a) - mean(b) > n_se * sqrt(var(a)/n_a + var(b)/n_b)`` with unbiased variances (Welch).
+def judge_close(text: str, value, target: float, tol: float) -> Verdict:
+    """``|value - target| <= tol``; false for a value that is not finite. ``tol`` must be positive.
 
     Args:
-        a, b: one accuracy per independent repetition (per distilled set, not per evaluation network: networks
-            trained on the same set are not independent of one another), at least two each.
-
-    Raises:
-        CompanionError: for fewer than two repetitions on either side.
+        value: a number, or a result or Spread, whose mean is taken.
     """
-    a, b = (np.asarray(values, dtype=float).ravel() for values in (a, b))
-    if min(a.size, b.size) < 2:
-        raise CompanionError(
-            f"{text!r} needs at least 2 repetitions on both sides, not {a.size} and {b.size}"
-        )
-    difference = float(a.mean() - b.mean())
-    error = math.sqrt(a.var(ddof=1) / a.size + b.var(ddof=1) / b.size)
-    numbers = {"value": float(a.mean()), "reference": float(b.mean()), "difference": difference}
-    numbers |= {"standard_error": error, "n_value": int(a.size), "n_reference": int(b.size)}
-    plural = "" if n_se == 1 else "s"
-    return Verdict(f"{text} by more than {n_se:g} standard error{plural}", difference > n_se * error, numbers)
+    if not tol > 0:
+        raise CompanionError(f"the tolerance of {text!r} must be positive, not {tol!r}")
+    spread = Spread.of([value]) if isinstance(value, (int, float, np.number)) else spread_of(value, "close")
+    mean = spread.mean
+    numbers = {"value": mean, "reference": float(target), "difference": mean - target, "tolerance": tol}
+    shown = _number(mean) if spread.n == 1 else spread.text(count=True)
+    return Verdict(f"{text} within {tol:g} of {target:g}", abs(mean - target) <= tol, numbers, shown)
 
 
-def judge_better_paired(text: str, a: Sequence[float], b: Sequence[float], n_se: float = 2) -> Verdict:
-    """``mean(a - b) > n_se * sqrt(var(a - b) / n)``: the same repetitions (the same sets, say) under two conditions.
+def judge_better(text: str, a, b, *, lower: bool = False, paired: bool = False, n_se: float = 2, digits: int = 1) -> Verdict:
+    """a is better than b by more than ``n_se`` standard errors of the difference.
 
+    Independent repetitions: ``mean(a) - mean(b) > n_se * sqrt(var(a) / n_a + var(b) / n_b)`` with unbiased variances (Welch).
+    Paired: ``mean(a - b) > n_se * sqrt(var(a - b) / n)``, the same repetitions (the same sets, say) under two conditions.
+
+    Args:
+        a, b: results or Spreads, at least two repetitions each.
+        lower: smaller is better, as of losses and gaps.
+        digits: decimals of the numbers in the line.
     Raises:
-        CompanionError: for fewer than two pairs, or lists of different lengths.
-    """
-    a, b = (np.asarray(values, dtype=float).ravel() for values in (a, b))
-    if a.size != b.size or a.size < 2:
-        raise CompanionError(f"{text!r} needs at least 2 pairs, not {a.size} and {b.size} values")
-    differences = a - b
-    error = float(differences.std(ddof=1)) / math.sqrt(a.size)
-    numbers = {
-        "value": float(a.mean()),
-        "reference": float(b.mean()),
-        "difference": float(differences.mean()),
-    }
-    numbers |= {
-        "standard_error": error,
-        "n_value": int(a.size),
-        "n_reference": int(b.size),
-        "pairs": int(a.size),
-    }
-    plural = "" if n_se == 1 else "s"
-    return Verdict(
-        f"{text} by more than {n_se:g} standard error{plural} (paired)",
-        bool(differences.mean() > n_se * error),
-        numbers,
-    )
+        CompanionError: too few repetitions; paired repetitions whose numbers differ or whose values are not known.
+    """  # fmt: skip
+    a, b = spread_of(a, f"{text!r}"), spread_of(b, f"{text!r}")
+    difference, error = _paired(text, a, b) if paired else _welch(text, a, b)
+    gain = -difference if lower else difference
+    numbers = {"value": a.mean, "reference": b.mean, "difference": difference, "standard_error": error}
+    numbers |= {"n_value": a.n, "n_reference": b.n} | ({"pairs": a.n} if paired else {})
+    how = [] if n_se == 2 else [f"by more than {n_se:g} standard error{'' if n_se == 1 else 's'}"]
+    shown = f"{a.text(digits, count=True)} against {b.text(digits, count=True)}{', paired' if paired else ''}"
+    return Verdict(", ".join([text, *how]), bool(gain > n_se * error), numbers, shown)
 
 
-def frame(verdicts: Sequence[Verdict]):
-    """One row per verdict with the numbers behind it; what is not in the common columns stands under ``other``."""
-    import pandas as pd
+def _welch(text: str, a: Spread, b: Spread) -> tuple[float, float]:
+    if min(a.n, b.n) < 2:
+        raise CompanionError(f"{text!r} needs at least 2 repetitions on both sides, not {a.n} and {b.n}")
+    return a.mean - b.mean, math.hypot(a.se, b.se)
 
-    common = {"value": "value", "reference": "reference", "difference": "difference"}
-    common |= {"standard_error": "standard error", "tolerance": "tolerance"}
-    rows = []
-    for verdict in verdicts:
-        numbers = dict(verdict.numbers)
-        row = {"verdict": HELD if verdict.ok else FAILED, "claim": verdict.text}
-        row |= {name: numbers.pop(key) for key, name in common.items() if key in numbers}
-        if "n_value" in numbers:
-            row["n"] = f"{numbers.pop('n_value')} / {numbers.pop('n_reference')}"
-        if numbers:
-            row["other"] = ", ".join(
-                f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in numbers.items()
-            )
-        rows.append(row)
-    columns = ["verdict", "claim", *common.values(), "n", "other"]
-    used = [name for name in columns if name in ("verdict", "claim") or any(name in row for row in rows)]
-    return pd.DataFrame(rows, columns=used)
+
+def _paired(text: str, a: Spread, b: Spread) -> tuple[float, float]:
+    if len(a.values) != len(b.values) or len(a.values) < 2:
+        raise CompanionError(f"{text!r} needs at least 2 pairs, not {len(a.values)} and {len(b.values)} values")
+    gap = Spread.of(x - y for x, y in zip(a.values, b.values, strict=True))
+    return gap.mean, gap.se
+
+
+def _number(value) -> str:
+    if isinstance(value, Spread):
+        return value.text(count=True)
+    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)

@@ -2,11 +2,13 @@
 
 from lib.evaluate.networks import Evaluation, cross_architecture, evaluate, full_data_accuracy
 from lib.evaluate.protocol import PROTOCOLS, Protocol, protocol
+from lib.evaluate.spread import Spread
 
 __all__ = [
     "PROTOCOLS",
     "Evaluation",
     "Protocol",
+    "Spread",
     "cross_architecture",
     "evaluate",
     "full_data_accuracy",

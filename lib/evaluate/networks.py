@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib import nets
 from lib.evaluate.protocol import Protocol
+from lib.evaluate.spread import Spread
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict, schedule, sgd_steps
 from lib.synset import SyntheticSet
@@ -41,26 +42,13 @@ class Evaluation:
     peak_bytes: int
 
     @property
-    def mean(self) -> float:
-        return self.accuracy.mean().item()
-
-    @property
-    def std(self) -> float:
-        """Population standard deviation over all sets and networks, as the papers report."""
-        return self.accuracy.std(correction=0).item()
-
-    @property
-    def n(self) -> int:
-        return self.accuracy.numel()
-
-    @property
-    def per_set(self) -> Tensor:
-        """Mean accuracy of every set, ``(sets,)``: the independent draws of a method."""
-        return self.accuracy.mean(1)
+    def spread(self) -> Spread:
+        """Of the means of the sets, in percent: the sets are the independent repetitions, their networks are not."""
+        return Spread.of(self.accuracy.mean(1), 100)
 
     def __str__(self) -> str:
         sets, networks = self.accuracy.shape
-        return f"{100 * self.mean:.1f} ± {100 * self.std:.1f} % ({sets} sets x {networks} networks)"
+        return f"{self.spread} % ({sets} sets x {networks} networks)"
 
 
 def evaluate(

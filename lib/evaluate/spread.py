@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lib.system.errors import CompanionError
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of independent repetitions (one per distilled set, not per evaluation network: networks trained on one set share it).
+    """Mean and standard deviation of independent repetitions (one value per distilled set, not per evaluation network: networks
+    trained on one set share it).
 
     Attributes:
-        values: in the order of the repetitions, so that two spreads over the same seeds can be compared pair by pair.
+        n: number of repetitions; 0 where a source does not state it.
+        mean, sd: sd with n - 1; nan for a single value, which has none, and where a source states none.
+        values: in the order of the repetitions, so that two spreads over the same seeds can be compared pair by pair; empty where
+            only the moments are known (:meth:`stated`).
     """
 
-    values: tuple[float, ...]
+    n: int
+    mean: float
+    sd: float
+    values: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, values: Iterable[float], scale: float = 1.0) -> Spread:
@@ -29,32 +37,38 @@ class Spread:
         numbers = tuple(scale * float(value) for value in values)
         if not numbers:
             raise CompanionError("a spread of no values: at least 1 is needed")
-        return cls(numbers)
+        n, mean = len(numbers), math.fsum(numbers) / len(numbers)
+        sd = math.sqrt(math.fsum((value - mean) ** 2 for value in numbers) / (n - 1)) if n > 1 else math.nan
+        return cls(n, mean, sd, numbers)
 
-    @property
-    def n(self) -> int:
-        return len(self.values)
-
-    @property
-    def mean(self) -> float:
-        return math.fsum(self.values) / self.n
-
-    @property
-    def sd(self) -> float:
-        """Standard deviation with n - 1; nan for a single value, which has none."""
-        if self.n < 2:
-            return math.nan
-        return math.sqrt(math.fsum((value - self.mean) ** 2 for value in self.values) / (self.n - 1))
+    @classmethod
+    def stated(cls, mean: float, sd: float | None = None, n: int = 0) -> Spread:
+        """Of the moments that a table or a paper states."""
+        return cls(int(n), float(mean), math.nan if sd is None else float(sd))
 
     @property
     def se(self) -> float:
-        """Standard error of the mean."""
-        return self.sd / math.sqrt(self.n)
+        """Standard error of the mean; nan where it is not known."""
+        return self.sd / math.sqrt(self.n) if self.n > 0 else math.nan
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self, digits: int = 1, *, count: bool = False) -> str:
         """``86.2 ± 1.4``, with ``count`` ``86.2 ± 1.4 (n=3)``; a single value has no spread."""
-        spread = f" ± {self.sd:.{digits}f}" if self.n > 1 else ""
-        return f"{self.mean:.{digits}f}{spread}{f' (n={self.n})' if count else ''}"
+        spread = f" ± {self.sd:.{digits}f}" if math.isfinite(self.sd) else ""
+        return f"{self.mean:.{digits}f}{spread}{f' (n={self.n})' if count and self.n else ''}"
+
+
+def spread_of(value: Any, where: str) -> Spread:
+    """The spread itself, or that of a result or evaluation (their ``spread``).
+
+    Raises:
+        CompanionError: for anything else, such as a bare number; ``where`` says who asked.
+    """
+    found = getattr(value, "spread", value)
+    if not isinstance(found, Spread):
+        raise CompanionError(
+            f"{where} takes results, evaluations or Spreads, not {type(value).__name__}; Spread.of([...]) makes one of numbers"
+        )
+    return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import nets
-from lib.distill import describe
+from lib.distill import identity
 from lib.evaluate.networks import accuracy, network_seed
 from lib.evaluate.relabel import LabelStore, half_logits, label_bytes, train_by_distillation
 from lib.match.batchnorm import Watch
@@ -134,8 +134,7 @@ def the_images(run: Run, device: torch.device | str) -> Images:
 def the_set(run: Run) -> SyntheticSet:
     """The distilled set of a run whose blocks are all there."""
     form, chosen, images = run.form, method(run), the_images(run, "cpu")
-    meta = {"method": type(chosen).__name__, "config": describe(chosen), "dataset": form.name}
-    meta |= {"ipc": run.plan.ipc, "seed": run.plan.seed}
+    meta = identity(chosen) | {"dataset": form.name, "ipc": run.plan.ipc, "seed": run.plan.seed}
     labels = class_major(form.num_classes, run.plan.ipc, "cpu")
     return SyntheticSet(images[:], labels, form.classes, images.transform, meta=meta)
 

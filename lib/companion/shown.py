@@ -1,0 +1,112 @@
+"""What a notebook shows of an algorithm: its plain text, and where the settings here differ from the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lib.companion.tables import readable
+from lib.evaluate.protocol import PROTOCOLS, protocol
+from lib.methods import recipes, title_of
+from lib.plain import text
+from lib.recipes import Recipe
+from lib.system.errors import CompanionError
+
+
+def markdown(source: str, plain: str | None = None) -> None:
+    """Display Markdown in a notebook; elsewhere print it. The output's plain text is ``plain``, the same on every machine."""
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if get_ipython() is None:
+        print(plain or source)
+    else:
+        display({"text/markdown": source, "text/plain": plain or source}, raw=True)
+
+
+def algorithm(name: str) -> None:
+    """Display the plain version of a method (``lib/plain/<name>.py``) as highlighted Python."""
+    source = text(name)
+    markdown(f"```python\n{source}\n```", source)
+
+
+def value_text(value: Any) -> str:
+    """A setting as a reader writes it: ``ClassMean + Gram(1e4)``, ``Mosaic(2)``, ``none``.
+
+    Of a value that is a dataclass its name and those fields that are not at their defaults; of one that is a sum of ``parts``
+    these, joined by plus.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = getattr(value, "parts", None)
+        if isinstance(parts, tuple) and len(dataclasses.fields(value)) == 1:
+            return " + ".join(map(value_text, parts))
+        return f"{type(value).__name__}{_changed(value)}"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.0e}".replace("e+0", "e") if abs(value) >= 1e4 and float(f"{value:.0e}") == value else f"{value:g}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(value_text, value)) or "none"
+    return str(value)
+
+
+def _changed(value: Any) -> str:
+    """``(1e4, k=2)``: the fields that are not at their defaults, the first one without its name."""
+    words = []
+    for number, field in enumerate(dataclasses.fields(value)):
+        mine = getattr(value, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is dataclasses.MISSING or mine != default:
+            words.append(value_text(mine) if number == 0 else f"{field.name}={value_text(mine)}")
+    return f"({', '.join(words)})" if words else ""
+
+
+def paper_recipe(name: str, dataset: str, ipc: int, variant: str = "") -> Recipe:
+    """The published row to hold against: of this data set and IPC, else of CIFAR-10, else the first; the same IPC where there
+    is one.
+
+    Raises:
+        CompanionError: nothing is published for the variant.
+    """
+    rows = [row for row in recipes(name) if not row.small and row.variant == variant]
+    if not rows:
+        raise CompanionError(f"{title_of(name)}{f' ({variant})' if variant else ''} has no published settings to compare with")
+    return min(rows, key=lambda row: (row.data != dataset, row.data != "cifar10", row.ipc not in (ipc, None)))
+
+
+def settings(cases: Sequence, name: str, variant: str = "", *, method=None, paper: Recipe | None = None):
+    """The settings of every case beside the published ones: a table of the fields that differ, the evaluation's after the method's.
+
+    Args:
+        cases: of :class:`lib.companion.study.Case`, one column each.
+        name, variant: whose recipe is taken; method: settings that are used in every case instead of their recipe's.
+        paper: the published row, default :func:`paper_recipe` of the first case.
+    """
+    import pandas as pd
+
+    here = [case.recipe(name, variant) for case in cases]
+    paper = paper or paper_recipe(name, cases[0].dataset, cases[0].ipc, variant)
+    columns = {
+        f"here: {case}": _described(method or recipe.method, case.plain, case.run.profile)
+        for case, recipe in zip(cases, here, strict=True)
+    }
+    theirs = protocol(paper.protocol) if paper.protocol in PROTOCOLS else paper.protocol
+    columns[f"paper: {paper.data} IPC {paper.ipc or 'any'}"] = _described(paper.method, theirs, theirs)
+    names = list(dict.fromkeys(key for column in columns.values() for key in column))
+    differ = [key for key in names if len({column.get(key, "") for column in columns.values()}) > 1]
+    frame = pd.DataFrame({title: [column.get(key, "") for key in differ] for title, column in columns.items()})
+    frame.insert(0, "setting", differ)
+    return readable(frame)
+
+
+def _described(method: Any, evaluation: Any, repetitions: Any) -> dict[str, str]:
+    """Setting -> text, of a method, of the protocol that judges it, and of how often (``sets``, ``networks``)."""
+    found = {field.name: value_text(getattr(method, field.name)) for field in dataclasses.fields(method)}
+    if isinstance(evaluation, str):
+        return found | {"evaluation": evaluation}
+    left_out = ("name", "source", "sets", "networks")
+    fields = [field.name for field in dataclasses.fields(evaluation) if field.name not in left_out]
+    about = {f"evaluation: {name}": value_text(getattr(evaluation, name)) for name in fields}
+    about |= {"evaluation: sets x networks": f"{repetitions.sets} x {repetitions.networks}"}
+    return found | {"evaluation": evaluation.name} | about
