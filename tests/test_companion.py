@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nbval.plugin import get_sanitize_patterns
 
 from lib.companion import provenance, start, tables, verdicts
 from lib.companion.profiles import PROFILES, cases_of
+from lib.evaluate.spread import Spread
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT
 
@@ -97,44 +100,110 @@ def test_generators_of_different_seeds_and_offsets_never_coincide(begin):
         begin().generator(1_000_000)  # would be seed 1, offset 0
 
 
-def test_verdicts_print_the_judgement_and_keep_the_numbers(begin, capsys):
+def _spread(*values):
+    return Spread.of(values)
+
+
+def test_a_verdict_is_one_line_with_its_numbers_at_the_end(begin, capsys):
     run = begin()
-    assert run.better("DM beats random", [86, 87, 85], [60, 64, 68])
-    assert not run.better("DSA beats DM", [86, 87, 85], [85, 86, 87])
-    assert run.close("accuracy of DM (%)", 86.4, 86, tol=1)
+    assert run.better("DM beats random", _spread(86, 87, 85), _spread(60, 64, 68))
+    assert not run.better("DSA beats DM", _spread(86, 87, 85), _spread(85, 86, 87))
+    assert run.close("accuracy of DM (%)", _spread(86, 87, 86.2), 86, tol=1)
+    assert run.close("error", 0.25, 0, tol=1)
     assert not run.check("DM is cheapest", False, dm=3.0, dc=2)
+    assert run.check("nothing to say", True)
     assert capsys.readouterr().out.splitlines() == [
-        "ok  DM beats random by more than 2 standard errors",
-        "not at this scale  DSA beats DM by more than 2 standard errors",
-        "ok  accuracy of DM (%) within 1 of 86",
-        "not at this scale  DM is cheapest",
+        "confirmed      DM beats random [86.0 ± 1.0 (n=3) against 64.0 ± 4.0 (n=3)]",
+        "not confirmed  DSA beats DM [86.0 ± 1.0 (n=3) against 86.0 ± 1.0 (n=3)]",
+        "confirmed      accuracy of DM (%) within 1 of 86 [86.4 ± 0.5 (n=3)]",
+        "confirmed      error within 1 of 0 [0.25]",
+        "not confirmed  DM is cheapest [dm = 3, dc = 2]",
+        "confirmed      nothing to say",
     ]
-    frame = run.verdicts()
-    assert list(frame["verdict"]) == ["ok", "not at this scale", "ok", "not at this scale"]
-    assert list(frame["difference"]) == ["22.00", "0.00", "0.40", ""]
-    assert list(frame["n"]) == ["3 / 3", "3 / 3", "", ""] and frame["other"].iloc[-1] == "dm = 3, dc = 2"
+    assert run.judged[0].numbers["difference"] == 22 and run.judged[0].numbers["n_reference"] == 3
     with pytest.raises(AssertionError, match="must hold"):
         run.check("must hold", False, must=True)
 
 
+def test_lower_is_better_where_it_is_said(begin, capsys):
+    run, gaps, others = begin(), _spread(1.0, 1.2, 0.8), _spread(7.0, 7.1, 6.9)
+    assert run.better("DDM has a smaller gap", gaps, others, lower=True)
+    assert not run.better("DDM has a larger gap", gaps, others)
+    assert "[1.0 ± 0.2 (n=3) against 7.0 ± 0.1 (n=3)]" in capsys.readouterr().out  # no sign is turned
+    assert run.judged[0].numbers["difference"] == pytest.approx(-6)
+    assert run.better("pair by pair", _spread(1, 5, 9), _spread(2, 6, 10.1), lower=True, paired=True)
+
+
 def test_better_is_welchs_criterion():
     a, b = [1.0, 2.0, 3.0], [0.0, 0.0, 3.0, 1.0]
-    verdict = verdicts.judge_better("a beats b", a, b)
+    verdict = verdicts.judge_better("a beats b", Spread.of(a), Spread.of(b))
     expected = np.sqrt(1.0 / 3 + np.var(b, ddof=1) / 4)
     assert verdict.numbers["standard_error"] == pytest.approx(expected)
     threshold = 1.0 / expected  # the difference of the means is 1
-    assert verdicts.judge_better("", a, b, threshold - 1e-6).ok
-    assert not verdicts.judge_better("", a, b, threshold + 1e-6).ok
-    assert not verdicts.judge_better("", [np.nan, 1], [0, 0]).ok
-    with pytest.raises(CompanionError, match="at least 2 repetitions"):
-        verdicts.judge_better("a beats b", [1], [0, 1])
+    assert verdicts.judge_better("", Spread.of(a), Spread.of(b), n_se=threshold - 1e-6).ok
+    assert not verdicts.judge_better("", Spread.of(a), Spread.of(b), n_se=threshold + 1e-6).ok
+    assert not verdicts.judge_better("", _spread(np.nan, 1), _spread(0, 0)).ok
+    assert verdicts.judge_better(
+        "a", Spread.stated(90, 1.0, 3), Spread.stated(60, 1.0, 3)
+    ).ok  # moments are enough
+    assert (
+        verdicts.judge_better("a", Spread.of(a), Spread.of(b), n_se=1).text
+        == "a, by more than 1 standard error"
+    )
+
+
+def test_pairs_are_judged_by_their_differences():
+    a, b = _spread(10, 20, 30), _spread(9, 18.5, 29)
+    assert not verdicts.judge_better("", a, b).ok
+    verdict = verdicts.judge_better("", a, b, paired=True)
+    assert verdict.ok and verdict.numbers["standard_error"] == pytest.approx(
+        np.std([1, 1.5, 1], ddof=1) / 3**0.5
+    )
+    assert verdict.shown.endswith(", paired")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: verdicts.judge_better("a beats b", _spread(1), _spread(0, 1)),
+            "at least 2 repetitions.*not 1 and 2",
+        ),
+        (lambda: verdicts.judge_better("a beats b", [1, 2], _spread(0, 1)), "Spreads, not list"),
+        (lambda: verdicts.judge_better("a beats b", _spread(1, 2), 3.0), "Spreads, not float"),
+        (
+            lambda: verdicts.judge_better("", _spread(1, 2), _spread(1, 2, 3), paired=True),
+            "2 pairs, not 2 and 3",
+        ),
+        (
+            lambda: verdicts.judge_better("", Spread.stated(1, 1, 3), _spread(1, 2, 3), paired=True),
+            "not 0 and 3",
+        ),
+        (lambda: verdicts.judge_close("acc", 1, 1, 0), "tolerance"),
+        (lambda: Spread.of([]), "no values"),
+    ],
+)
+def test_a_judgement_without_numbers_is_refused(call, says):
+    with pytest.raises(CompanionError, match=says):
+        call()
 
 
 def test_close_refuses_nothing_silently():
     assert not verdicts.judge_close("acc", float("nan"), 1, 0.5).ok
     assert verdicts.judge_close("acc", 1.5, 1, 0.5).ok
-    with pytest.raises(CompanionError, match="tolerance"):
-        verdicts.judge_close("acc", 1, 1, 0)
+
+
+def test_the_comparison_of_notebooks_drops_the_numbers_of_verdicts_alone():
+    (pattern,) = get_sanitize_patterns((ROOT / "tests" / "nbval_sanitize.cfg").read_text())
+    lines = [
+        verdicts.judge_better("DM beats random [sic]", _spread(value, 86), _spread(60, 64)).line
+        for value in (85, 87)
+    ]
+    kept = [re.sub(*pattern, "before [1]\n" + line + "\nafter [2]") for line in lines]
+    assert lines[0] != lines[1] and kept[0] == kept[1]
+    assert kept[0].splitlines()[0::2] == ["before [1]", "after [2]"] and "DM beats random" in kept[0]
+    other = verdicts.judge_better("DM beats random [sic]", _spread(1, 2), _spread(60, 64)).line
+    assert re.sub(*pattern, other) != re.sub(*pattern, lines[0])  # the judgement is compared
 
 
 def test_run_json_says_where_everything_comes_from(begin, tmp_path):
@@ -154,7 +223,8 @@ def test_run_json_says_where_everything_comes_from(begin, tmp_path):
     assert (record["title"], record["claim"], record["parameters"]["seed"]) == ("DM", "Means are enough.", 2)
     assert record["cases"] == [["digits", 1]]
     assert record["config"] == {"images": [1, 2], "rate": None}  # JSON knows no infinity
-    assert record["verdicts"] == [{"text": "holds", "ok": True, "numbers": {"difference": None}}]
+    verdict = {"text": "holds", "ok": True, "line": "confirmed      holds [difference = nan]"}
+    assert record["verdicts"] == [verdict | {"numbers": {"difference": None}}]
     assert set(record["stages"]) == {"distil"} and record["stages"]["distil"]["peak_mb"] > 60
     for kind, name in (("tables", "table"), ("sets", "dm-digits-1")):
         entry = record[kind][name]
@@ -192,7 +262,7 @@ def test_bars_are_off_where_nobody_watches(begin, monkeypatch):
 
 
 def test_importing_the_package_stays_light():
-    heavy = "matplotlib seaborn pandas sklearn torchvision nbformat IPython lib.methods lib.data".split()
+    heavy = "matplotlib seaborn pandas sklearn torchvision nbformat IPython lib.methods.dm".split()
     code = f"import sys, lib.companion; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
@@ -200,41 +270,87 @@ def test_importing_the_package_stays_light():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def _row(**changes):
+def _row(*values, **changes):
     fields = dict(
-        notebook="20_dm", method="DM", dataset="digits", ipc=1, network="convnet-d2-w32", protocol="dc"
+        notebook="20_dm", method="dm", config="0" * 12, dataset="digits", ipc=1, network="convnet-d2-w32"
     )
-    return tables.Row(**fields | dict(labels="hard", seed_scheme="3 sets x 5 networks", acc=86.4) | changes)
+    fields |= dict(
+        protocol="dc",
+        labels="hard",
+        seeds="seed 0: 3 sets x 5 networks",
+        accuracy=Spread.of(values or [86.4]),
+    )
+    return tables.Row(**fields | changes)
 
 
-def test_rows_refuse_what_would_spoil_a_comparison():
-    with pytest.raises(CompanionError, match="label type 'firm'.*hard, soft"):
-        _row(labels="firm")
-    with pytest.raises(CompanionError, match="percent"):
-        _row(acc=864)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"labels": "firm"}, "label type 'firm'.*hard, soft"),
+        ({"accuracy": Spread.of([864])}, "percent"),
+        ({"accuracy": 86.4}, "Spread in percent.*86.4"),
+        ({"method": "DM"}, "unknown method 'DM'.*did you mean 'dm'"),
+        ({"config": "DM()"}, "12 hexadecimal digits.*'DM"),
+    ],
+)
+def test_rows_refuse_what_would_spoil_a_comparison(changes, says):
+    with pytest.raises(CompanionError, match=says):
+        _row(**changes)
 
 
 def test_the_table_survives_the_file(begin, tmp_path):
     run = begin()
-    frame = tables.rows_to_frame(
-        [run.row(**_fields(_row(acc_std=1.25, n_sets=3, n_networks=5))), _row(method="random")]
-    )
-    shown = run.save_table(frame)
+    rows = [_row(85.15, 86.4, 87.65, networks=5, config="123456789e12"), _row(method="random", variant="x")]
+    shown = run.save_table(tables.rows_to_frame(rows))
     back = tables.read_tables(tmp_path / "results")
     assert list(back.columns) == ["run", *tables.COLUMNS]
-    assert (
-        list(back["method"]) == ["DM", "random"]
-        and back["acc_std"][0] == 1.25
-        and np.isnan(back["acc_std"][1])
-    )
+    assert list(back["method"]) == ["dm", "random"] and list(back["variant"]) == ["", "x"]
+    assert back["acc_sd"][0] == 1.25 and np.isnan(back["acc_sd"][1]) and list(back["n"]) == [3, 1]
+    assert back["config"][0] == "123456789e12"  # no number
+    assert list(shown["method"]) == ["DM", "random real images (x)"]
     assert list(shown["accuracy (%)"]) == ["86.4 ± 1.2", "86.4"] and list(shown["n"]) == ["3 x 5", "1 x 1"]
     assert "published" not in shown.columns  # nothing published, no column
+    assert tables.spreads(back)["DM"] == Spread.stated(86.4, 1.25, 3)
     (tmp_path / "results/cpu/20_dm/table.csv").write_text("foreign,columns\n1,2\n")
     assert tables.read_tables(tmp_path / "results").empty
 
 
-def _fields(row):
-    return {name: getattr(row, name) for name in tables.COLUMNS if name not in ("notebook", "commit")}
+def test_one_row_stands_for_a_method():
+    rows = [
+        _row(80, notebook="12_dc", method="random"),
+        _row(84, 88, notebook="00_start_here"),
+        _row(85, notebook="20_dm"),  # its own notebook, though fewer repetitions
+        _row(99, notebook="20_dm", variant="noise init", config="1" * 12),
+        _row(70, notebook="20_dm", protocol="dsa"),
+        _row(71, 72, notebook="30_dsa", method="random"),
+    ]
+    chosen = tables.standing(tables.rows_to_frame(rows))
+    assert list(zip(chosen["method"], chosen["acc"], strict=True)) == [
+        ("dm", 85),
+        ("dm", 70),
+        ("random", 71.5),
+    ]
+    runs = tables.rows_to_frame(rows).assign(run=["a", "a", "b", "b", "b", "b"])
+    assert list(tables.standing(runs)["acc"]) == [80, 86, 85, 70, 71.5]  # runs are never mixed
+    assert tables.standing(tables.rows_to_frame([])).empty
+    with pytest.raises(CompanionError, match="two rows of DM"):
+        tables.spreads(chosen)
+
+
+def test_two_settings_of_one_result_are_an_error_that_names_both_notebooks():
+    rows = [_row(86), _row(70, notebook="31_idc", config="1" * 12)]
+    with pytest.raises(
+        CompanionError, match=r"20_dm and 31_idc.*000000000000, 111111111111.*dm digits 1"
+    ) as caught:
+        tables.standing(tables.rows_to_frame(rows))
+    assert "\n" not in str(caught.value)
+    named = [rows[0], _row(70, notebook="31_idc", config="1" * 12, variant="few steps")]
+    assert list(tables.standing(tables.rows_to_frame(named))["acc"]) == [86]
+
+
+def test_how_a_method_is_written():
+    assert tables.label("dm") == "DM" and tables.label("ddm", "gram") == "DDM (gram)"
+    assert tables.label("full data") == "full data"
 
 
 def test_readable_frames_show_no_digit_that_is_not_stable():
@@ -248,9 +364,17 @@ def test_readable_frames_show_no_digit_that_is_not_stable():
     }
 
 
-def test_mean_spread_states_n():
-    assert tables.mean_spread([85.2, 86.4, 87.6]) == "86.4 ± 1.2 (n=3)"
-    assert tables.mean_spread([86.42]) == "86.4 (n=1)"
-    assert tables.mean_spread(torch.tensor([[0.25, 0.75]]), digits=2) == "0.50 ± 0.35 (n=2)"
-    with pytest.raises(CompanionError, match="at least one value"):
-        tables.mean_spread([])
+def test_a_spread_is_written_alike_everywhere():
+    spread = Spread.of([85.2, 86.4, 87.6])
+    assert (spread.n, spread.mean, spread.sd) == (3, pytest.approx(86.4), pytest.approx(1.2))
+    assert spread.se == pytest.approx(1.2 / 3**0.5)
+    assert (str(spread), spread.text(count=True), spread.text(2)) == (
+        "86.4 ± 1.2",
+        "86.4 ± 1.2 (n=3)",
+        "86.40 ± 1.20",
+    )
+    assert Spread.of([86.42]).text(count=True) == "86.4 (n=1)" and np.isnan(Spread.of([86.42]).sd)
+    assert Spread.of(torch.tensor([0.25, 0.75]), 100).text() == "50.0 ± 35.4"
+    assert Spread.stated(48.9, 0.6).text(count=True) == "48.9 ± 0.6"  # a paper that does not say how many
+    shown = tables.readable(pd.DataFrame({"accuracy": [spread, None]}))
+    assert list(shown["accuracy"]) == ["86.4 ± 1.2", ""]

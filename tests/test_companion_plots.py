@@ -10,9 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
-from lib.companion import plots, start, tables, theme
+from lib.companion import plots, start, theme
+from lib.evaluate.spread import Spread
 from lib.system.errors import CompanionError
 
 CLASSES = [f"class {c}" for c in range(10)]
@@ -26,25 +28,14 @@ def _look():
     plt.close("all")
 
 
-def _frame():
-    rows = [
-        tables.Row(
-            notebook="x",
-            method=method,
-            dataset=dataset,
-            ipc=ipc,
-            network="convnet",
-            protocol="dc",
-            labels="hard",
-            seed_scheme="",
-            acc=50 + 10 * k + ipc,
-            acc_std=2.0,
-            full_acc=96.5,
-        )
+def _by_ipc():
+    return {
+        method: {ipc: Spread.of([48 + 10 * k + ipc, 52 + 10 * k + ipc]) for ipc in (1, 10)}
         for k, method in enumerate(("random", "DM", "DC"))
-        for dataset, ipc in (("digits", 1), ("digits", 10), ("photos16", 10))
-    ]
-    return tables.rows_to_frame(rows)
+    }
+
+
+PAIR = {"random": Spread.of([60.0, 64.5, 69.0]), "DM": Spread.of([86.4, 87.6]), "DC": Spread.of([85.0])}
 
 
 def _figures() -> dict:
@@ -57,17 +48,22 @@ def _figures() -> dict:
         "film": lambda: plots.film_strip(images.reshape(5, 4, 3, 8, 8), [0, 1, 10, 100, 1000], CLASSES[:4]),
         "curves": lambda: plots.curves({"DM": rng.random((3, 50)), "DC": rng.random(50)}, title="Loss"),
         "sweep": lambda: plots.sweep(
-            [0.1, 1, 10],
-            {"a": rng.random((3, 4)), "b": [[1.0], [2.0, 3.0], [4.0]]},
+            {"a": {x: Spread.of(rng.random(4)) for x in (0.1, 1, 10)}, "b": {1: Spread.of([0.5])}},
             xlabel="weight",
             logx=True,
+            reference={"limit": Spread.of([0.3])},
         ),
-        "ipc": lambda: plots.accuracy_vs_ipc(_frame(), "Accuracy"),
+        "ipc": lambda: plots.accuracy_vs_ipc(_by_ipc(), baseline="random", title="Accuracy"),
         "scatter": lambda: plots.embedding_scatter(
             points, rng.integers(0, 10, 60), ["real"] * 50 + ["DM"] * 10, CLASSES
         ),
-        "heatmap": lambda: plots.heatmap(rng.random((3, 4)), np.full((3, 4), 0.1), CLASSES[:3], CLASSES[:4]),
-        "bars": lambda: plots.bars(["random", "DM"], [64.5, 86.4], [6.8, 1.2], reference=("whole set", 96.5)),
+        "heatmap": lambda: plots.heatmap(
+            {row: {c: Spread.of(rng.random(3)) for c in CLASSES[:4]} for row in "abc"}
+        ),
+        "bars": lambda: plots.bars(
+            PAIR, highlight="DM", baseline="random", reference=("whole set", Spread.of([96.5]))
+        ),
+        "cost": lambda: plots.cost_scatter(PAIR, {"random": 0.01, "DM": 2.0, "DC": 9.0}),
     }
 
 
@@ -84,22 +80,42 @@ def test_figures_are_drawn_at_the_size_they_state(name, tmp_path):
     assert fig.get_size_inches()[0] <= 11
 
 
-@pytest.mark.parametrize("name", ["curves", "ipc", "bars"])
+@pytest.mark.parametrize("name", ["curves", "ipc", "bars", "grid"])
 def test_the_same_figure_is_the_same_bytes(name, tmp_path):
-    files = [tmp_path / f"{k}.{kind}" for k in range(2) for kind in ("png", "svg")]
-    for k in range(2):
-        fig = _figures()[name]()
-        theme.save_png(fig, files[2 * k])
-        assert theme.save_svg(fig, files[2 * k + 1], 200_000)
-    assert files[0].read_bytes() == files[2].read_bytes()
-    assert files[1].read_bytes() == files[3].read_bytes()
+    files = [tmp_path / f"{k}.png" for k in range(2)]
+    for file in files:
+        theme.save_png(_figures()[name](), file)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_svg_only_where_it_is_light(tmp_path):
-    path = tmp_path / "a.svg"
-    assert not theme.save_svg(_figures()["grid"](), path, 10**9) and not path.exists()  # pictures
-    assert theme.save_svg(_figures()["bars"](), path, 10**9)
-    assert not theme.save_svg(_figures()["bars"](), path, 1000) and not path.exists()  # an older one goes
+def test_bars_have_one_hue_a_grey_baseline_and_one_highlight():
+    ax = plots.bars(PAIR, highlight="DM", baseline="random").axes[0]
+    faces = [to_hex(bar.get_facecolor()) for bar in ax.patches]
+    assert faces == [theme.GREY, theme.HUE, theme.TINT] and ax.patches[0].get_hatch()
+    assert [text.get_text() for text in ax.texts] == ["64.5 ± 4.5", "87.0 ± 0.8", "85.0"]
+    light = sorted(np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) for colour in faces)
+    assert light[1] - light[0] > 0.25  # the highlight is told apart without colour; the baseline by its hatch
+
+
+def test_small_numbers_keep_three_figures():
+    fig = plots.bars({"a": Spread.of([0.0123, 0.0125])}, xlabel="gap")
+    assert fig.axes[0].texts[0].get_text() == "0.0124 ± 0.0001"
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: plots.bars({"a": 1.0}), "bars takes results, evaluations or Spreads, not float"),
+        (lambda: plots.heatmap({"a": {"x": (1.0, 2.0)}}), "heatmap takes .*, not tuple"),
+        (lambda: plots.sweep({"a": {1: [1.0, 2.0]}}, xlabel="x"), "sweep takes .*, not list"),
+        (lambda: plots.bars(PAIR, highlight="dm"), "unknown bar 'dm'.*did you mean 'DM'"),
+        (lambda: plots.bars(PAIR, baseline=["random", "DDM"]), "unknown bar 'DDM'"),
+        (lambda: plots.accuracy_vs_ipc(_by_ipc(), baseline="rand"), "unknown series 'rand'"),
+    ],
+)
+def test_plots_take_spreads_and_nothing_else(call, says):
+    with pytest.raises(CompanionError, match=says):
+        call()
 
 
 def test_an_image_grid_shows_the_pixels_themselves():
@@ -145,12 +161,13 @@ def test_smoothing_keeps_positions():
 
 
 def test_accuracy_plot_has_baseline_and_ceiling():
-    fig = plots.accuracy_vs_ipc(_frame())
-    assert [ax.get_title(loc="left") for ax in fig.axes] == ["digits", "photos16"]
+    whole = ("all training data", Spread.of([96.5]))
+    fig = plots.accuracy_vs_ipc(_by_ipc(), baseline="random", reference=whole)
     labels = [text.get_text() for text in fig.legends[0].get_texts()]
-    assert labels == ["random real images", "whole training set", "DM", "DC"]
-    band = fig.axes[1].collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (58, 62)  # random: 60 +- 2
+    assert set(labels) == {"random", "all training data", "DM", "DC"}
+    band = fig.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    sd = np.std([48, 52], ddof=1)
+    assert (band.min(), band.max()) == pytest.approx((51 - sd, 60 + sd))  # random: 51 and 60
     assert "(%)" in fig.axes[0].get_ylabel()
 
 
@@ -167,23 +184,28 @@ def test_embeddings_have_two_dimensions():
 
 
 def test_heatmap_writes_mean_and_spread():
-    fig = plots.heatmap([[50.0, np.nan]], [[1.0, np.nan]], ["a"], ["x", "y"])
-    assert [text.get_text() for text in fig.axes[0].texts] == ["50.0 ± 1.0", ""]
+    fig = plots.heatmap(
+        {"a": {"x": Spread.of([49.0, 51.0])}, "b": {"x": Spread.of([40.0]), "y": Spread.of([30.0])}}
+    )
+    assert [text.get_text() for text in fig.axes[0].texts] == ["50.0 ± 1.4", "", "40.0", "30.0"]
 
 
-def test_a_run_keeps_figure_and_caption(tmp_path, monkeypatch):
+def test_a_run_keeps_figure_caption_and_what_to_see(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPANION_OUT", str(tmp_path))
     monkeypatch.delenv("COMPANION_RUN", raising=False)
     strict = torch.are_deterministic_algorithms_enabled()
     run = start("20_dm")
     torch.use_deterministic_algorithms(strict)
     fig = _figures()["curves"]()
-    run.save_figure(fig, "loss", "The loss falls", thumbnail=True)
+    run.save_figure(fig, "loss", "The loss", see="The loss falls.", thumbnail=True)
     assert run.saved["figures"]["loss"] == {
         "file": "figures/cpu/20_dm/loss.png",
-        "caption": "The loss falls",
+        "caption": "The loss",
+        "see": "The loss falls.",
         "thumbnail": True,
-        "svg": True,
     }
-    assert (run.figures / "loss.png").is_file() and (run.figures / "loss.svg").is_file()
+    assert [path.name for path in run.figures.iterdir()] == ["loss.png"]
     assert plt.fignum_exists(fig.number)  # outside a notebook nothing is closed
+    for nothing in ("", "  ", "the loss"):
+        with pytest.raises(CompanionError, match="'loss' needs one sentence"):
+            run.save_figure(fig, "loss", "The loss", see=nothing)

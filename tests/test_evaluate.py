@@ -82,7 +82,7 @@ def test_networks_of_a_set_are_trained_as_each_alone(toy):
     for j in range(3):
         g = torch.Generator().manual_seed(network_seed(2, 0, j))
         network = Ensemble.make(QUICK.network, toy.test, [g])
-        accuracy.train(network, synset.images[None], synset.targets[None], [g], QUICK, toy.test)
+        networks.train(network, synset.images[None], synset.targets[None], [g], QUICK, toy.test)
         right = predict(network, toy.test.images)[0].argmax(1) == toy.test.labels
         assert got[0, j] == right.double().mean()
 
@@ -109,7 +109,7 @@ def test_learned_rates_are_used_where_the_protocol_says_so(toy):
     frozen = real(toy, step_size=torch.tensor(1e-12))
     assert torch.equal(evaluate(frozen, toy, QUICK).accuracy, evaluate(real(toy), toy, QUICK).accuracy)
     learned = evaluate(frozen, toy, replace(QUICK, learned_lr=True)).accuracy
-    assert learned.mean() < 0.7 < evaluate(real(toy, 5), toy, QUICK).mean
+    assert learned.mean() < 0.7 < evaluate(real(toy, 5), toy, QUICK).accuracy.mean()
 
 
 def test_weights_and_label_kinds_matter(toy):
@@ -118,7 +118,8 @@ def test_weights_and_label_kinds_matter(toy):
     off[::2] = (off[::2] + 1) % 3  # every other label is wrong, but weighs next to nothing
     weighted = replace(images, labels=off, weights=torch.tensor([1e-6, 1] * 3))
     half = replace(images, codes=images.codes[1::2], labels=images.labels[1::2])
-    assert evaluate(weighted, toy, QUICK).mean == pytest.approx(evaluate(half, toy, QUICK).mean, abs=0.02)
+    found = [evaluate(one, toy, QUICK).spread.mean for one in (weighted, half)]
+    assert found[0] == pytest.approx(found[1], abs=2)
     soft = real(toy, soft=True)
     hard = evaluate(soft, toy, replace(QUICK, labels="hard")).accuracy
     assert torch.equal(hard, evaluate(real(toy), toy, QUICK).accuracy)
@@ -130,14 +131,14 @@ def test_weights_and_label_kinds_matter(toy):
 def test_constant_labels_are_chance(toy):
     blank = replace(real(toy, 4), labels=torch.full((12,), 1))
     result = evaluate(blank, toy, replace(QUICK, epochs=60))
-    assert (result.accuracy == pytest.approx(1 / 3, abs=0.02)) and result.std < 0.02
+    assert (result.accuracy == pytest.approx(1 / 3, abs=0.02)) and result.accuracy.std() < 0.02
 
 
 def test_random_sets_do_not_beat_themselves(toy):
     sets = [real(toy, 1, seed=s) for s in range(10)]
     a, b = evaluate(sets[:5], toy, QUICK, seed=0), evaluate(sets[5:], toy, QUICK, seed=1)
-    error = (a.per_set.var() / 5 + b.per_set.var() / 5).sqrt()
-    assert abs(a.mean - b.mean) < 4 * error
+    a, b = a.spread, b.spread
+    assert abs(a.mean - b.mean) < 4 * (a.se**2 + b.se**2) ** 0.5
 
 
 def test_all_data_as_the_set_is_whole_set_training(toy):
@@ -145,17 +146,18 @@ def test_all_data_as_the_set_is_whole_set_training(toy):
     how = replace(QUICK, batch=64)
     ceiling = full_data_accuracy(toy, how, seed=3, networks=2, epochs=15)
     assert torch.equal(ceiling.accuracy, evaluate(everything, toy, replace(how, epochs=15), 3, 2).accuracy)
-    assert ceiling.mean > evaluate(real(toy, 1), toy, QUICK).mean
+    assert ceiling.spread.mean > evaluate(real(toy, 1), toy, QUICK).spread.mean
     assert ceiling.protocol.name == "quick-full"
 
 
-def test_statistics_of_a_result():
+def test_the_spread_of_an_evaluation_is_that_of_its_sets():
     values = torch.tensor([[0.5, 0.7], [0.6, 0.9]]).double()
     result = package.Evaluation(values, QUICK, False, 1.0, 0)
-    assert result.mean == pytest.approx(0.675) and result.n == 4
-    assert result.std == pytest.approx(values.numpy().std())  # population form
-    assert result.per_set.tolist() == pytest.approx([0.6, 0.75])
-    assert str(result) == "67.5 ± 14.8 % (2 sets x 2 networks)"
+    assert result.spread.values == pytest.approx([60, 75])  # percent; networks of one set are no repetitions
+    assert result.spread.sd == pytest.approx(torch.tensor([60.0, 75.0]).std().item())  # n - 1
+    assert str(result) == "67.5 ± 10.6 % (2 sets x 2 networks)"
+    alone = package.Evaluation(values[:1], QUICK, False, 1.0, 0)
+    assert str(alone) == "60.0 % (1 sets x 2 networks)"
 
 
 def test_balanced_accuracy():
@@ -238,9 +240,16 @@ def test_protocols_adapt_to_the_data(toy):
         and "crop" in protocol("idc", toy.train).augmentation
     )
     assert protocol("dc", toy.train).network == "convnet-d3-w128"
-    digits = replace(toy.train, name="digits")
+    digits = toy.train
     small = protocol("cpu-small", digits)
     assert small.network == "convnet-d2-w32" and (small.epochs, small.lr, small.schedule) == (300, 0.01, "dc")
+    photos = toy_data(channels=3, size=16).train
+    small = protocol("cpu-small", photos)
+    assert small.network == "convnet-d3-w32" and (small.epochs, small.lr, small.schedule) == (
+        60,
+        0.05,
+        "cosine",
+    )
     assert protocol("dc", digits).network == "convnet-d3-w128"  # the published protocols stay as published
     assert protocol("cpu-small", digits, network="mlp", epochs=7).network == "mlp"
     assert (

@@ -6,9 +6,8 @@ import pytest
 
 from lib import data, methods, nets
 from lib.companion.profiles import profile_named
-from lib.companion.published import published, quoted
-from lib.evaluate import protocol
-from lib.methods import dm
+from lib.companion.published import OTHERS, numbers, published, quoted
+from lib.evaluate import Spread, protocol
 from lib.system.errors import CompanionError
 
 
@@ -19,10 +18,11 @@ from lib.system.errors import CompanionError
         (lambda: nets.parse("convnt"), "did you mean 'convnet'"),
         (lambda: nets.parse("convnet-d0"), "unknown option 'd0'"),
         (lambda: methods.method("dmm"), "unknown method 'dmm'"),
-        (lambda: methods.preset(dm.PRESETS, "paperr"), "unknown preset 'paperr'"),
+        (lambda: methods.recipes("dmm"), "unknown method 'dmm'"),
         (lambda: protocol("cpu-smal"), "unknown protocol 'cpu-smal'"),
         (lambda: protocol("dc", epoch=3), "unknown protocol field 'epoch'"),
         (lambda: profile_named("gpu"), "allowed: cpu, paper, photos"),
+        (lambda: published(["DM"]), "unknown published method 'DM'"),
     ],
 )
 def test_a_wrong_name_is_one_line(call, said):
@@ -39,15 +39,18 @@ def test_every_method_has_the_three_functions(name):
     assert made.total_steps(1) == 0 or callable(made.step)
 
 
-def test_settings_fall_back_to_the_published_ones():
-    assert methods.settings(dm.PRESETS, "digits") is dm.PRESETS["digits"]
-    assert methods.settings(dm.PRESETS, "svhn") is dm.PRESETS["paper"] == dm.DM()
-
-
 def test_published_numbers_carry_their_source():
-    frame = published()
+    frame = numbers()
     assert frame["source"].str.len().gt(10).all() and frame["acc"].between(0, 100).all()
-    assert not frame.duplicated(["method", "dataset", "ipc"]).any()
-    accuracy, source = quoted("DM", "cifar10", 10)
-    assert accuracy == 48.9 and source.startswith("published, cifar10")
-    assert quoted("DM", "digits", 1) is None
+    assert not frame.duplicated(["method", "variant", "dataset", "ipc"]).any()
+    assert set(frame["method"]) <= {*methods.METHODS, *OTHERS}
+    accuracy, source = quoted("dm", "cifar10", 10)
+    assert accuracy == Spread.stated(48.9, accuracy.sd) and source.startswith("published, cifar10")
+    assert quoted("dm", "digits", 1) is None and quoted("dm", "cifar10", 10, "noise init") is None
+
+
+def test_published_numbers_are_shown_as_ours_are():
+    shown = published(["dm", "full data"], ["cifar10"], [10])
+    assert list(shown["method"]) == ["DM", "DM (DDM authors' rerun)"] and set(shown["IPC"]) == {"10"}
+    assert shown["accuracy (%)"].str.fullmatch(r"\d+\.\d( ± \d+\.\d)?").all()
+    assert set(published(["full data"], ["cifar10"])["IPC"]) == {"all"}

@@ -15,25 +15,28 @@ from lib.analysis.spectrum import spectral_bands
 from lib.companion import tables
 from lib.companion.published import quoted
 from lib.companion.study import Case
-from lib.distill import Distilled
+from lib.distill import Distilled, settings_digest
 from lib.evaluate.kernel import Kernel, kernel_accuracy
 from lib.evaluate.regression import regression_targets
+from lib.evaluate.spread import Spread
 from lib.kernels import ridge
+from lib.methods import name_of
 
 
-def percents(method, distilled: Sequence[Distilled], data, kernel: Kernel | None = None) -> list[float]:
+def accuracy(method, distilled: Sequence[Distilled], data, kernel: Kernel | None = None) -> Spread:
     """Test accuracy in percent of the kernel regression on every set, with the method's kernel or another one."""
     kernel = kernel or method.kernel()
-    parts = ((one.synset.images.double(), _labels(one)) for one in distilled)
-    return [
-        100 * kernel_accuracy(kernel, images, labels, data.test, method.ridge) for images, labels in parts
-    ]
+    parts = ((run.synset.images.double(), _labels(run)) for run in distilled)
+    return Spread.of(
+        (kernel_accuracy(kernel, images, labels, data.test, method.ridge) for images, labels in parts), 100
+    )
 
 
-def whole(method, data) -> float:
+def whole(method, data) -> Spread:
     """Test accuracy in percent of the regression on all training images."""
     labels = ridge.centred_one_hot(data.train.labels, data.train.num_classes)
-    return 100 * kernel_accuracy(method.kernel(), data.train.images.double(), labels, data.test, method.ridge)
+    found = kernel_accuracy(method.kernel(), data.train.images.double(), labels, data.test, method.ridge)
+    return Spread.of([found], 100)
 
 
 def checkpoints(
@@ -46,15 +49,17 @@ def checkpoints(
     runs = {
         name: [(m, case.distil(replace(m, iterations=k))) for k in counts] for name, m in variants.items()
     }
-    return {name: torch.tensor([list(value(m, found)) for m, found in at]).T for name, at in runs.items()}
+    return {name: torch.tensor([list(value(m, sets)) for m, sets in at]).T for name, at in runs.items()}
 
 
-def transfer(case: Case, sources: Mapping[str, object], kernels: Mapping[str, Kernel]) -> dict[str, Tensor]:
-    """Accuracies in percent of sets distilled with one kernel under others: name of the source -> (kernels, sets)."""
+def transfer(
+    case: Case, sources: Mapping[str, object], kernels: Mapping[str, Kernel]
+) -> dict[str, dict[str, Spread]]:
+    """Accuracies in percent of sets distilled with one kernel under others: source -> kernel -> spread over the sets."""
     sets = {name: (method, case.distil(method)) for name, method in sources.items()}
     return {
-        name: torch.tensor([percents(method, found, case.data, kernel) for kernel in kernels.values()])
-        for name, (method, found) in sets.items()
+        name: {other: accuracy(method, runs, case.data, kernel) for other, kernel in kernels.items()}
+        for name, (method, runs) in sets.items()
     }
 
 
@@ -62,10 +67,10 @@ def transfer(case: Case, sources: Mapping[str, object], kernels: Mapping[str, Ke
 def bands(method, distilled: Sequence[Distilled], test, count: int = 5) -> Tensor:
     """Accuracy with one band of eigenvalues of K_ss, divided by that with all: (sets, bands), largest eigenvalues first."""
     rows = []
-    for one in distilled:
-        x, kernel = one.synset.images.double(), method.kernel()
+    for run in distilled:
+        x, kernel = run.synset.images.double(), method.kernel()
         k_ss = ridge.regularised(kernel(x, x), method.ridge)
-        parts = spectral_bands(k_ss, kernel(test.images.double(), x), _labels(one), count)
+        parts = spectral_bands(k_ss, kernel(test.images.double(), x), _labels(run), count)
         right = [ridge.accuracy(part, test.labels) for part in (*parts, parts.sum(0))]
         rows.append(torch.tensor(right[:-1]) / right[-1])
     return torch.stack(rows)
@@ -73,36 +78,43 @@ def bands(method, distilled: Sequence[Distilled], test, count: int = 5) -> Tenso
 
 def row(
     case: Case,
-    name: str,
+    method,
+    variant: str,
     network: str,
     distilled: Sequence[Distilled],
-    values: Sequence[float],
-    random: Sequence[float] | None = None,
-    full: float | None = None,
+    accuracy: Spread,
+    *,
+    random: Spread | None = None,
+    full: Spread | None = None,
 ) -> tables.Row:
-    """The tidy row of sets judged by their own kernel regression, accuracies in percent."""
-    values, one, paper = torch.tensor(values), distilled[0].synset, quoted(name, case.dataset, case.ipc)
+    """The tidy row of sets judged by their own kernel regression, accuracies in percent.
+
+    Args:
+        method: the settings of the sets; variant: "" for those of the recipe; network: the kernel, as the table names it.
+    """
+    name, synset = name_of(method), distilled[0].synset
+    paper = quoted(name, case.dataset, case.ipc, variant)
     return case.run.row(
         method=name,
+        variant=variant,
+        config=settings_digest(method),
         dataset=case.dataset,
         ipc=case.ipc,
         network=network,
         protocol="own-kernel",
-        labels="soft" if one.soft else "hard",
-        seed_scheme=f"{len(values)} sets",
-        acc=float(values.mean()),
-        acc_std=float(values.std(correction=0)),
-        n_sets=len(values),
-        random_acc=None if random is None else sum(random) / len(random),
-        full_acc=full,
-        paper_acc=None if paper is None else paper[0],
+        labels="soft" if synset.soft else "hard",
+        seeds=f"seed {case.run.seed}: {accuracy.n} sets",
+        accuracy=accuracy,
+        random=random,
+        full=full,
+        paper=None if paper is None else paper[0],
         paper_source="" if paper is None else paper[1],
-        seconds=sum(found.seconds for found in distilled) / len(distilled),
-        peak_mb=max(found.peak_bytes for found in distilled) / 1e6,
-        bytes_images=one.bytes_images,
-        bytes_labels=one.bytes_labels,
+        seconds=sum(run.seconds for run in distilled) / len(distilled),
+        peak_mb=max(run.peak_bytes for run in distilled) / 1e6,
+        bytes_images=synset.bytes_images,
+        bytes_labels=synset.bytes_labels,
     )
 
 
-def _labels(one: Distilled) -> Tensor:
-    return regression_targets(one.synset, dtype=torch.float64)
+def _labels(run: Distilled) -> Tensor:
+    return regression_targets(run.synset, dtype=torch.float64)

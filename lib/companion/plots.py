@@ -95,7 +95,13 @@ def curves(
 
 
 def sweep(
-    series: Mapping, *, xlabel: str, ylabel: str = ACCURACY, title="", logx=False, reference: Mapping | None = None
+    series: Mapping,
+    *,
+    xlabel: str,
+    ylabel: str = ACCURACY,
+    title="",
+    logx=False,
+    reference: Mapping | None = None,
 ):
     """A quantity against a setting, with bars of one standard deviation.
 
@@ -110,7 +116,13 @@ def sweep(
         look = {"color": PALETTE[k % 10], "marker": MARKERS[k % 10], "capsize": 3, "label": name}
         ax.errorbar(list(points), *_moments(spreads), **look)
     for k, (name, value) in enumerate((reference or {}).items()):
-        ax.axhline(spread_of(value, "sweep").mean, color=INK, linestyle=LEVELS[k % len(LEVELS)], linewidth=1.1, label=name)
+        ax.axhline(
+            spread_of(value, "sweep").mean,
+            color=INK,
+            linestyle=LEVELS[k % len(LEVELS)],
+            linewidth=1.1,
+            label=name,
+        )
     x = sorted({position for points in series.values() for position in points})
     if logx:
         ax.set_xscale("log")
@@ -155,7 +167,10 @@ def accuracy_vs_ipc(series: Mapping, *, baseline: str = "", reference=None, titl
 def _band(ax, name: str, points: Mapping, ipcs: Sequence[int]) -> None:
     """A result of every IPC as a grey band, half a step beyond both ends so that a single one shows as a band, too."""
     known = [k for k, ipc in enumerate(ipcs) if ipc in points]
-    mean, sd = (np.array(values) for values in _moments([spread_of(points[ipcs[k]], "accuracy_vs_ipc") for k in known]))
+    mean, sd = (
+        np.array(values)
+        for values in _moments([spread_of(points[ipcs[k]], "accuracy_vs_ipc") for k in known])
+    )
     at = np.concatenate([[known[0] - 0.4], known, [known[-1] + 0.4]])
     mean, sd = (np.concatenate([values[:1], values, values[-1:]]) for values in (mean, sd))
     ax.fill_between(at, mean - sd, mean + sd, color=FAINT, alpha=0.35, linewidth=0)
@@ -250,7 +265,9 @@ def heatmap(table: Mapping, *, unit=ACCURACY, title="", xlabel="", ylabel="", di
     for i, cells in enumerate(spreads.values()):
         for j, column in enumerate(columns):
             text = cells[column].text(digits) if column in cells and np.isfinite(means[i, j]) else ""
-            ax.annotate(text, (j, i), ha="center", va="center", size=8, color=ink_on(image.to_rgba(means[i, j])))
+            ax.annotate(
+                text, (j, i), ha="center", va="center", size=8, color=ink_on(image.to_rgba(means[i, j]))
+            )
     ax.set(xticks=range(len(columns)), yticks=range(len(spreads)), title=title, xlabel=xlabel, ylabel=ylabel)
     slanted = (
         {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 11 else {}

@@ -37,14 +37,23 @@ def numbers(methods: Iterable[str] | None = None, datasets: Iterable[str] | None
     return frame.reset_index(drop=True)
 
 
-def published(methods: Iterable[str] | None = None, datasets: Iterable[str] | None = None, ipcs: Iterable[int] | None = None):
+def published(
+    methods: Iterable[str] | None = None,
+    datasets: Iterable[str] | None = None,
+    ipcs: Iterable[int] | None = None,
+):
     """The same to display: method, data set, IPC, accuracy, network and source."""
     frame = numbers(methods, datasets)
     if ipcs is not None:
         frame = frame[frame["ipc"].isin(list(ipcs))]
     shown = frame[["dataset"]].copy()
-    shown.insert(0, "method", [tables.label(*pair) for pair in zip(frame["method"], frame["variant"], strict=True)])
-    shown["IPC"] = ["all" if count is None else str(count) for count in frame["ipc"].astype(object).where(frame["ipc"].notna(), None)]
+    shown.insert(
+        0, "method", [tables.label(*pair) for pair in zip(frame["method"], frame["variant"], strict=True)]
+    )
+    shown["IPC"] = [
+        "all" if count is None else str(count)
+        for count in frame["ipc"].astype(object).where(frame["ipc"].notna(), None)
+    ]
     shown["accuracy (%)"] = [Spread.stated(row["acc"], row["acc_sd"]).text() for _, row in frame.iterrows()]
     shown[["network", "source"]] = frame[["network", "source"]].fillna("")
     return tables.readable(shown.reset_index(drop=True))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lib.companion import tables
 from lib.companion.published import quoted
+from lib.distill import settings_digest
 from lib.evaluate.kernel import predictor_accuracy
+from lib.evaluate.spread import Spread
 from lib.kernels import closed_form
 from lib.kernels.feature_maps import LeakyNet
 from lib.methods import krr
@@ -32,12 +34,12 @@ def teacher_of(method: KRR, data, seed: int) -> tuple[Teacher, float]:
     return teacher, percent(teacher.w, teacher.phi, data.test)
 
 
-def record(one, test, **about) -> dict:
+def record(run, test, **about) -> dict:
     """What a distilled set is judged by: gap of the weights, accuracy of its ridge regression in percent, pixels, seconds."""
-    accuracy = 100 * predictor_accuracy(krr.predictor(one.synset), test)
-    about |= {"gap": float(one.history["gap"]), "accuracy": accuracy, "seconds": one.seconds}
-    largest = float(one.synset.images.abs().max())
-    return about | {"largest pixel": largest, "note": one.synset.meta.get("note", "")}
+    accuracy = 100 * predictor_accuracy(krr.predictor(run.synset), test)
+    about |= {"gap": float(run.history["gap"]), "accuracy": accuracy, "seconds": run.seconds}
+    largest = float(run.synset.images.abs().max())
+    return about | {"largest pixel": largest, "note": run.synset.meta.get("note", "")}
 
 
 def gap(w_s: Tensor, w: Tensor) -> float:
@@ -110,10 +112,10 @@ def race_row(
         "dataset": dataset,
         "IPC": ipc,
         "KIP steps": steps,
-        "KIP accuracy": tables.mean_spread([race.accuracy for race in races]),
+        "KIP accuracy": Spread.of(race.accuracy for race in races).text(count=True),
         "KIP s": mean,
         "KIP s, 30 000 steps": f"{long:.0f}{extrapolated}",
-        "KRR accuracy": tables.mean_spread(goals),
+        "KRR accuracy": Spread.of(goals).text(count=True),
         "KRR s": own,
         "ratio at equal accuracy": float(torch.tensor(ratios).median()),
         "reached in": f"{reached} of {len(races)}",
@@ -162,24 +164,29 @@ def widening(x: Tensor, y: Tensor, spare: int, generator: torch.Generator) -> li
 # -- rows of the results table ------------------------------------------------------------------------------------------
 
 
-def own_row(run, dataset: str, ipc: int, kind: str, found, chance: list[float], synset) -> tables.Row:
-    """The tidy row of a set under its own ridge regression: ``found`` are the records of its seeds, ``chance`` accuracies of
-    random real images under the same predictor."""
-    paper, accuracy = quoted(f"KRR ({kind})", dataset, ipc), found["accuracy"]
+def own_row(run, dataset: str, ipc: int, method: KRR, found, chance: Spread, synset) -> tables.Row:
+    """The tidy row of a set under its own ridge regression.
+
+    Args:
+        method: the settings; those of another map than the recipe's first are the variant of that name.
+        found: the records of its seeds; chance: accuracies of random real images under the same predictor.
+    """
+    variant = "" if method.map == KRR().map else method.map
+    paper = quoted("krr", dataset, ipc, variant)
     return run.row(
-        method=f"KRR ({kind})",
+        method="krr",
+        variant=variant,
+        config=settings_digest(method),
         dataset=dataset,
         ipc=ipc,
-        network=f"ridge-{kind}",
+        network=f"ridge-{method.map}",
         protocol="own-ridge",
         labels="soft",
-        seed_scheme=f"{len(found)} sets",
-        acc=accuracy.mean(),
-        acc_std=accuracy.std(ddof=0),
-        n_sets=len(found),
-        random_acc=sum(chance) / len(chance),
-        full_acc=found["teacher"].mean(),
-        paper_acc=None if paper is None else paper[0],
+        seeds=f"seed {run.seed}: {len(found)} sets",
+        accuracy=Spread.of(found["accuracy"]),
+        random=chance,
+        full=Spread.of([found["teacher"].mean()]),
+        paper=None if paper is None else paper[0],
         paper_source="" if paper is None else paper[1],
         seconds=found["seconds"].mean(),
         bytes_images=synset.bytes_images,
@@ -187,10 +194,12 @@ def own_row(run, dataset: str, ipc: int, kind: str, found, chance: list[float], 
     )
 
 
-def random_accuracies(draws, data, teacher: Teacher) -> list[float]:
+def random_accuracies(draws, data, teacher: Teacher) -> Spread:
     """Accuracies of random real sets in percent: one-hot labels, the teacher's map and lambda."""
     solved = [
-        (one.synset.images, krr.one_hot(data.train, len(one.synset.images) // data.train.num_classes))
-        for one in draws
+        (run.synset.images, krr.one_hot(data.train, len(run.synset.images) // data.train.num_classes))
+        for run in draws
     ]
-    return [percent(krr.solution(teacher.phi, *pair, teacher.lam), teacher.phi, data.test) for pair in solved]
+    return Spread.of(
+        percent(krr.solution(teacher.phi, *pair, teacher.lam), teacher.phi, data.test) for pair in solved
+    )

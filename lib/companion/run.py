@@ -251,7 +251,9 @@ class Run:
         """The verdict ``|value - target| <= tol``; ``value`` is a number, or a result or Spread, whose mean is taken."""
         return self._judge(verdicts.judge_close(text, value, target, tol), must)
 
-    def better(self, text: str, a, b, *, lower=False, paired=False, n_se: float = 2, digits=1, must=False) -> bool:
+    def better(
+        self, text: str, a, b, *, lower=False, paired=False, n_se: float = 2, digits=1, must=False
+    ) -> bool:
         """The verdict "a is better than b by more than ``n_se`` standard errors of the difference".
 
         Args:

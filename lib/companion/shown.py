@@ -45,19 +45,24 @@ def value_text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
-        return f"{value:.0e}".replace("e+0", "e") if abs(value) >= 1e4 and float(f"{value:.0e}") == value else f"{value:g}"
+        return (
+            f"{value:.0e}".replace("e+0", "e")
+            if abs(value) >= 1e4 and float(f"{value:.0e}") == value
+            else f"{value:g}"
+        )
     if isinstance(value, (tuple, list)):
         return ", ".join(map(value_text, value)) or "none"
     return str(value)
 
 
 def _changed(value: Any) -> str:
-    """``(1e4, k=2)``: the fields that are not at their defaults, the first one without its name."""
+    """``(1e4, k=2)``: the fields that are not at their defaults, the first one without its name; a weight is always said, unless 1."""
     words = []
     for number, field in enumerate(dataclasses.fields(value)):
         mine = getattr(value, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if default is dataclasses.MISSING or mine != default:
+        silent = 1.0 if field.name == "weight" else default
+        if silent is dataclasses.MISSING or mine != silent:
             words.append(value_text(mine) if number == 0 else f"{field.name}={value_text(mine)}")
     return f"({', '.join(words)})" if words else ""
 
@@ -71,7 +76,9 @@ def paper_recipe(name: str, dataset: str, ipc: int, variant: str = "") -> Recipe
     """
     rows = [row for row in recipes(name) if not row.small and row.variant == variant]
     if not rows:
-        raise CompanionError(f"{title_of(name)}{f' ({variant})' if variant else ''} has no published settings to compare with")
+        raise CompanionError(
+            f"{title_of(name)}{f' ({variant})' if variant else ''} has no published settings to compare with"
+        )
     return min(rows, key=lambda row: (row.data != dataset, row.data != "cifar10", row.ipc not in (ipc, None)))
 
 
@@ -95,7 +102,9 @@ def settings(cases: Sequence, name: str, variant: str = "", *, method=None, pape
     columns[f"paper: {paper.data} IPC {paper.ipc or 'any'}"] = _described(paper.method, theirs, theirs)
     names = list(dict.fromkeys(key for column in columns.values() for key in column))
     differ = [key for key in names if len({column.get(key, "") for column in columns.values()}) > 1]
-    frame = pd.DataFrame({title: [column.get(key, "") for key in differ] for title, column in columns.items()})
+    frame = pd.DataFrame(
+        {title: [column.get(key, "") for key in differ] for title, column in columns.items()}
+    )
     frame.insert(0, "setting", differ)
     return readable(frame)
 

@@ -1,7 +1,7 @@
 """One case of a run (a data set at an IPC): data, protocols, distilled sets, baselines and rows, alike in every notebook.
 
-    results = {case: {"random": case.random(), "dm": case.study("dm")} for case in cases}
-    results[case]["dm"].spread
+results = {case: {"random": case.random(), "dm": case.study("dm")} for case in cases}
+results[case]["dm"].spread
 """
 
 from __future__ import annotations
@@ -127,7 +127,14 @@ class Case:
             return evaluate(sets, self.data, protocol or self.plain, self.run.seed, count, cache=True)
 
     def study(
-        self, what: Any, variant: str = "", protocol: Protocol | None = None, *, sets=None, networks=None, snapshots=()
+        self,
+        what: Any,
+        variant: str = "",
+        protocol: Protocol | None = None,
+        *,
+        sets=None,
+        networks=None,
+        snapshots=(),
     ) -> Result:
         """Distil and evaluate.
 
@@ -176,17 +183,28 @@ class Case:
         begin = first.snapshots.get(0, first.synset.codes[:0])
         if len(begin):
             begin = begin[: len(first.synset.codes)]
-            self._grid(result, "start", begin, f"{title}, before the first step", "Where the distillation starts.", columns)
+            self._grid(
+                result,
+                "start",
+                begin,
+                f"{title}, before the first step",
+                "Where the distillation starts.",
+                columns,
+            )
         self._grid(result, "end", first.synset.stored()[0], f"{title}, distilled", see, columns, thumbnail)
         if len(first.synset.targets) > len(first.synset.labels):
             self._decoded(result)
         if len(first.snapshots) > 1:
             self._film(result)
 
-    def _grid(self, result: Result, part: str, images, title: str, see: str, columns: int, thumbnail=False) -> None:
+    def _grid(
+        self, result: Result, part: str, images, title: str, see: str, columns: int, thumbnail=False
+    ) -> None:
         synset = result.sets[0]
         fig = plots.image_grid(images.cpu(), synset.stored()[1].cpu(), synset.classes, title, columns)
-        self.run.save_figure(fig, f"{part}_{self.stem(result)}", f"{title}: images by class.", see=see, thumbnail=thumbnail)
+        self.run.save_figure(
+            fig, f"{part}_{self.stem(result)}", f"{title}: images by class.", see=see, thumbnail=thumbnail
+        )
 
     def _firsts(self, result: Result) -> list[int]:
         """One stored image of each of the first four classes that have any."""
@@ -257,7 +275,9 @@ class Case:
     def rows(self, results, baseline: str = "random") -> list[tables.Row]:
         """Rows of ``{key: result}``, each with the result under ``baseline`` beside it."""
         random = results.get(baseline)
-        return [self.row(result, random=None if key == baseline else random) for key, result in results.items()]
+        return [
+            self.row(result, random=None if key == baseline else random) for key, result in results.items()
+        ]
 
     def _check_identity(self, result: Result) -> None:
         """Refuse a variant or protocol that is not what its name says."""

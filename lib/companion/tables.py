@@ -182,7 +182,9 @@ def spreads(frame) -> dict[str, Spread]:
     for _, row in frame.iterrows():
         name = label(row["method"], row["variant"])
         if name in found:
-            raise CompanionError(f"two rows of {name} in one table; choose with standing(), or by network and protocol")
+            raise CompanionError(
+                f"two rows of {name} in one table; choose with standing(), or by network and protocol"
+            )
         found[name] = spread_in(row)
     return found
 

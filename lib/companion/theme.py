@@ -28,7 +28,11 @@ PALETTE = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 INK, FAINT = "#333333", "#9aa0a6"
-HUE, TINT, GREY = PALETTE[0], "#a8cde6", "#b3b6ba"  # of bars: the one looked at, the others, what they are compared with
+HUE, TINT, GREY = (
+    PALETTE[0],
+    "#a8cde6",
+    "#b3b6ba",
+)  # of bars: the one looked at, the others, what they are compared with
 STYLE = Path(__file__).with_name("companion.mplstyle")
 
 

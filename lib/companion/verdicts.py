@@ -56,7 +56,9 @@ def judge_close(text: str, value, target: float, tol: float) -> Verdict:
     return Verdict(f"{text} within {tol:g} of {target:g}", abs(mean - target) <= tol, numbers, shown)
 
 
-def judge_better(text: str, a, b, *, lower: bool = False, paired: bool = False, n_se: float = 2, digits: int = 1) -> Verdict:
+def judge_better(
+    text: str, a, b, *, lower: bool = False, paired: bool = False, n_se: float = 2, digits: int = 1
+) -> Verdict:
     """a is better than b by more than ``n_se`` standard errors of the difference.
 
     Independent repetitions: ``mean(a) - mean(b) > n_se * sqrt(var(a) / n_a + var(b) / n_b)`` with unbiased variances (Welch).
@@ -87,7 +89,9 @@ def _welch(text: str, a: Spread, b: Spread) -> tuple[float, float]:
 
 def _paired(text: str, a: Spread, b: Spread) -> tuple[float, float]:
     if len(a.values) != len(b.values) or len(a.values) < 2:
-        raise CompanionError(f"{text!r} needs at least 2 pairs, not {len(a.values)} and {len(b.values)} values")
+        raise CompanionError(
+            f"{text!r} needs at least 2 pairs, not {len(a.values)} and {len(b.values)} values"
+        )
     gap = Spread.of(x - y for x, y in zip(a.values, b.values, strict=True))
     return gap.mean, gap.se
 

@@ -80,7 +80,6 @@ class Protocol:
         return ", ".join([*parts, f"labels {self.labels}", "last epoch"])
 
 
-
 def _small(data) -> dict:
     """The small protocols on small data: a network and a schedule that two cores train in a second.
 

@@ -14,8 +14,9 @@ class CompanionError(ValueError):
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> CompanionError:
     """The error for a name that does not exist: ``unknown dataset 'digit' (did you mean 'digits'?); allowed: digits, ...``."""
     names = sorted(str(name) for name in allowed)
-    close = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    folded = {name.lower(): name for name in reversed(names)}
+    close = difflib.get_close_matches(str(value).lower(), folded, n=1)
+    hint = f" (did you mean {folded[close[0]]!r}?)" if close else ""
     return CompanionError(f"unknown {kind} {value!r}{hint}; allowed: {', '.join(names)}")
 
 
