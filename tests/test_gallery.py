@@ -60,7 +60,7 @@ def site(tmp_path_factory) -> Path:
 def _results(notebook: str, title: str, profile: str = "cpu") -> bytes:
     run = start(notebook, profile=profile, title=title, claim=f"claim of {title}")
     fig = plots.curves({"DM": np.linspace(1, 0, 20)}, title="Loss")
-    run.save_figure(fig, "loss", f"caption of {title}")
+    run.save_figure(fig, "loss", f"caption of {title}", see="The loss falls.")
     plt.close(fig)
     run.save_table(pd.DataFrame({"a": [1.0]}))
     run.check(f"{title} holds", True)
@@ -138,8 +138,8 @@ def test_a_card_tells_claim_numbers_and_verdicts(site):
     index = (site / "figures/index.html").read_text()
     assert index.count("<article") == 2
     for words in (
-        "1 ok",
-        "1 not at this scale",
+        "1 confirmed",
+        "1 not confirmed",
         "this one does not",
         "26.0",
         "86.4",
