@@ -256,6 +256,8 @@ def test_committed_outputs_stand_in_for_an_executed_notebook(tmp_path):
         (r"\operatorname*{arg\,min}_x f", ["munder"]),
         (r"\frac{1}{N}\sum_{i=1}^N", ["mfrac", "∑"]),
         (r"\mathcal L, \mathcal B", ["ℒ", "ℬ"]),
+        (r"\Big\{\arg\min_x f\Big\}", ["{", "munder", "arg"]),
+        ("a,\\\nb", ["a", "b"]),
     ],
 )
 def test_formulae_use_what_browsers_draw(tex, words):

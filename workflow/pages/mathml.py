@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 # Operators whose index stands underneath in a displayed formula.
 LIMITS = {"min", "max", "lim", "sup", "inf", "argmin", "argmax", "arg min", "arg max", "∑", "∏"}
-# Sized bars, such as \big\|, come back from the converter unread.
+# Sized bars and braces, such as \big\|, come back from the converter unread.
 BARS = {
+    "\\{": "{",
+    "\\}": "}",
     "\\|": "‖",
     "\\Vert": "‖",
     "\\lVert": "‖",
@@ -21,6 +23,12 @@ BARS = {
     "\\vert": "|",
     "\\lvert": "|",
     "\\rvert": "|",
+}
+# What the converter reads wrongly, and what says the same.
+REWRITTEN = {
+    r"\operatorname*": r"\operatorname",
+    r"\arg\min": r"\operatorname{arg\,min}",
+    r"\arg\max": r"\operatorname{arg\,max}",
 }
 STYLES = {"script": "SCRIPT", "double-struck": "DOUBLE-STRUCK", "bold": "BOLD", "fraktur": "FRAKTUR"}
 STYLES |= {"bold-italic": "BOLD ITALIC", "monospace": "MONOSPACE", "sans-serif": "SANS-SERIF"}
@@ -33,7 +41,9 @@ def mathml(tex: str, *, display: bool) -> str:
     ElementTree.register_namespace("", NAMESPACE)
     source = f'<code class="tex">{html.escape(tex.strip())}</code>'
     try:
-        known = tex.strip().replace(r"\operatorname*", r"\operatorname")
+        known = tex.strip().replace("\n", " ")
+        for unread, read in REWRITTEN.items():
+            known = known.replace(unread, read)
         root = ElementTree.fromstring(convert(known, display="block" if display else "inline"))
     except Exception:  # the converter's errors have no common class
         return source
