@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from helpers import generator
 from test_distill import interrupted, same
 
-from lib import nets
 from lib.analysis import contrast
 from lib.distill import distill
-from lib.match.contrastive import contrastive_step, union_gradient
-from lib.match.gradient import DISTANCES, class_gradients, matching_step
-from lib.methods import dcc
+from lib.match import contrastive
+from lib.match.contrastive import Contrastive, union_gradient
+from lib.match.curvature import CurvatureGap
+from lib.match.gradient import Cosine, GradientGap, LayerSum, RowCosine, SquaredError, class_gradients
 from lib.methods.dc import DC
 from lib.methods.dcc import DCC
 from lib.methods.dsa import DSA
@@ -29,9 +29,23 @@ SOME = {"outer": 3, "inner": 4, "epochs": 2, "real_batch": 8, "network": NET, "l
 SMALL = DCC(**SOME, warm_outer=1, warm_inner=2)
 
 
+DISTANCES = (RowCosine(), SquaredError(), Cosine(), LayerSum("mse"), LayerSum("l1_mean", "all"))
+
+
 def network_of(toy, name=NET, seed=1):
+    """One network in double precision."""
     one = Ensemble.make(name, toy.train, [generator(seed)])
-    return one, {key: tensor.double() for key, tensor in (one.parameters | one.buffers).items()}
+    return Ensemble(
+        one.template,
+        {key: tensor.detach().double() for key, tensor in one.parameters.items()},
+        {key: tensor.double() for key, tensor in one.buffers.items()},
+    )
+
+
+def measured(gap, networks, real, syn):
+    """The loss of all classes, and its gradient."""
+    terms, gradient = gap.match(networks, real, syn)
+    return terms["gradients"].sum(), gradient
 
 
 def images(toy, seed=2, syn=2):
@@ -58,16 +72,13 @@ def test_augmented_warm_up_is_dsa(toy):
     assert torch.equal(ours.synset.codes, distill(DSA(**SOME), toy.train, 2, 3).synset.codes)
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES, ids=repr)
 def test_one_class_is_dc(toy, distance):
-    networks, tensors = network_of(toy)
-    real, syn = images(toy)
-    for c in range(3):
-        part, label = slice(c, c + 1), LABELS[c : c + 1]
-        ours = contrastive_step(networks.template, tensors, real[part], syn[part], label, distance)
-        theirs = matching_step(networks.template, tensors, real[part], syn[part], label, distance)
-        torch.testing.assert_close(ours[0], theirs[0].sum(), rtol=1e-10, atol=0)
-        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-8, atol=1e-14)
+    networks, (real, syn) = network_of(toy), images(toy)
+    ours = measured(Contrastive(distance), networks, real[:1], syn[:1])
+    theirs = measured(distance, networks, real[:1], syn[:1])
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-10, atol=0)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-8, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +88,9 @@ def test_one_class_is_dc(toy, distance):
 def test_the_schedule(toy, monkeypatch, outer, inner, pattern):
     """Class-wise (c) while k < W_out and t < W_in, contrastive (X) otherwise."""
     seen = []
-    for owner, name, mark in ((DC, "gap", "c"), (DCC, "gap", "X")):
-        original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, f=original, m=mark: seen.append(m) or f(*a))
+    for owner, mark in ((GradientGap, "c"), (Contrastive, "X")):
+        original = owner.match
+        monkeypatch.setattr(owner, "match", lambda *a, f=original, m=mark: seen.append(m) or f(*a))
     distill(replace(SMALL, warm_outer=outer, warm_inner=inner), toy.train, 1, 0)
     assert "".join(seen) == pattern
 
@@ -94,46 +105,11 @@ def test_the_published_warm_up():
     assert DCC().contrastive(state)
 
 
-# -- the step written out -----------------------------------------------------------------------------------------------
-
-
-def test_a_run_equals_the_algorithm_written_out(toy):
-    method = replace(SMALL, warm_outer=0, epochs=1, lr_network=0.1)
-    got, g = distill(method, toy.train, 2, 5), generator(5)
-    x = toy.train.sample(2, g).flatten(0, 1)
-    velocity, labels, losses = torch.zeros_like(x), LABELS.repeat_interleave(2), []
-    nets.make(NET, toy.train, g)
-    for _ in range(3):
-        network = nets.make(NET, toy.train, g)
-        weights = list(network.parameters())
-        for t in range(4):
-            real, leaf = toy.train.sample(8, g), x.clone().requires_grad_()
-            each = [
-                torch.autograd.grad(
-                    F.cross_entropy(network(real[c]), torch.full((8,), c)), weights, materialize_grads=True
-                )
-                for c in range(3)
-            ]
-            target = [torch.stack(rows).mean(0) for rows in zip(*each, strict=True)]
-            entropy = F.cross_entropy(network(leaf), labels)
-            mine = torch.autograd.grad(entropy, weights, create_graph=True, materialize_grads=True)
-            loss = DISTANCES["ours"]([a[None] for a in mine], [b[None] for b in target]).sum()
-            velocity = 0.5 * velocity + torch.autograd.grad(loss, leaf)[0]
-            x = x - 0.5 * velocity
-            losses.append(loss.detach())
-            if t < 3:
-                optimiser = torch.optim.SGD(weights, lr=0.1)
-                optimiser.zero_grad()
-                F.cross_entropy(network(x), labels).backward()
-                optimiser.step()
-    torch.testing.assert_close(got.history["loss"], torch.stack(losses), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got.synset.codes, x, rtol=1e-3, atol=1e-4)
-
-
 # -- what the sum over classes does -------------------------------------------------------------------------------------
 
 
-def union_and_mean(networks, tensors, x):
+def union_and_mean(networks, x):
+    tensors = networks.parameters | networks.buffers
     union = union_gradient(networks.template, tensors, x.flatten(0, 1), LABELS.repeat_interleave(x.shape[1]))
     each = class_gradients(networks.template, tensors, x, LABELS)
     return union, [g.mean(0, keepdim=True) for g in each]
@@ -141,38 +117,38 @@ def union_and_mean(networks, tensors, x):
 
 def test_the_gradient_of_the_union_is_the_mean_of_the_class_gradients(toy):
     _, syn = images(toy)
-    for a, b in zip(*union_and_mean(*network_of(toy), syn), strict=True):
+    for a, b in zip(*union_and_mean(network_of(toy), syn), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
 def test_batch_norm_in_training_mode_breaks_that(toy):
     """Classes seen together have other statistics than alone; with frozen statistics (as used) it holds again."""
     _, syn = images(toy)
-    networks, tensors = network_of(toy, NET + "-batch")
-    pairs = list(zip(*union_and_mean(networks.train(), dict(tensors), syn), strict=True))
+    networks = network_of(toy, NET + "-batch")
+    pairs = list(zip(*union_and_mean(networks.train(), syn), strict=True))
     assert max((a - b).norm() / b.norm() for a, b in pairs if b.dim() > 2) > 0.1
-    for a, b in zip(*union_and_mean(networks.train(False), tensors, syn), strict=True):
+    for a, b in zip(*union_and_mean(networks.train(False), syn), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
 def test_sum_or_mean_is_the_same_to_the_distance(toy):
-    networks, tensors = network_of(toy)
-    real, syn = images(toy)
-    ours, theirs = (union_and_mean(networks, tensors, x)[0] for x in (syn, real))
-    for kind in ("ours", "cos"):
-        mean = DISTANCES[kind](ours, theirs)
-        total = DISTANCES[kind]([3 * g for g in ours], [3 * g for g in theirs])
+    networks, (real, syn) = network_of(toy), images(toy)
+    ours, theirs = (union_and_mean(networks, x)[0] for x in (syn, real))
+    for distance in (RowCosine(), Cosine()):
+        mean = distance.between(ours, theirs)
+        total = distance.between([3 * g for g in ours], [3 * g for g in theirs])
         torch.testing.assert_close(mean, total, rtol=1e-3, atol=0)
         assert not torch.equal(mean, total)  # the 1e-6 of the denominator
-    assert DISTANCES["mse"]([3 * g for g in ours], [3 * g for g in theirs]) > 8 * DISTANCES["mse"](
-        ours, theirs
-    )
+    mse = SquaredError().between
+    assert mse([3 * g for g in ours], [3 * g for g in theirs]) > 8 * mse(ours, theirs)
 
 
 def linear_softmax(features, classes):
     """A linear classifier that says nothing yet (balanced predictions), on vectors ``(C, n, d)``."""
     template = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(features, classes)).double()
-    return template, {name: torch.zeros(1, *p.shape).double() for name, p in template.named_parameters()}
+    return Ensemble(
+        template, {name: torch.zeros(1, *p.shape).double() for name, p in template.named_parameters()}, {}
+    )
 
 
 def test_a_feature_that_all_classes_share_cancels(toy):
@@ -180,13 +156,10 @@ def test_a_feature_that_all_classes_share_cancels(toy):
     g = generator()
     common = torch.randn(1, 1, 1, 1, 6, generator=g).double()
     real, syn = (torch.randn(3, n, 1, 1, 6, generator=g).double() for n in (5, 2))
-    template, tensors = linear_softmax(6, 3)
+    networks = linear_softmax(6, 3)
     loss = {
-        name: [
-            step(template, tensors, real + s * common, syn + 2 * s * common, LABELS)[0].sum()
-            for s in (0, 1, 10)
-        ]
-        for name, step in (("DCC", contrastive_step), ("DC", matching_step))
+        name: [measured(gap, networks, real + s * common, syn + 2 * s * common)[0] for s in (0, 1, 10)]
+        for name, gap in (("DCC", Contrastive()), ("DC", RowCosine()))
     }
     for other in loss["DCC"][1:]:
         torch.testing.assert_close(other, loss["DCC"][0], rtol=1e-9, atol=0)
@@ -197,26 +170,24 @@ def test_a_feature_that_all_classes_share_cancels(toy):
 
 def test_classes_pull_at_one_another(toy):
     """The gradient on class 0 depends on the images of class 1, contrary to DC."""
-    networks, tensors = network_of(toy)
-    real, syn = images(toy)
+    networks, (real, syn) = network_of(toy), images(toy)
     other = syn.clone()
     other[1] += 0.3
-    for step, depends in ((contrastive_step, True), (matching_step, False)):
-        a, b = (step(networks.template, tensors, real, x, LABELS)[1][0] for x in (syn, other))
+    for gap, depends in ((Contrastive(), True), (RowCosine(), False)):
+        a, b = (measured(gap, networks, real, x)[1][0] for x in (syn, other))
         assert ((a - b).norm() / a.norm() > 0.01) == depends
         assert depends or torch.equal(a, b)
 
 
 def test_the_gradient_is_that_of_the_loss(toy):
     """Central differences."""
-    networks, tensors = network_of(toy)
-    real, syn = images(toy)
+    networks, (real, syn) = network_of(toy), images(toy)
     direction = torch.randn(syn.shape, generator=generator(4)).double()
 
     def loss(h):
-        return contrastive_step(networks.template, tensors, real, syn + h * direction, LABELS)[0]
+        return measured(Contrastive(), networks, real, syn + h * direction)[0]
 
-    slope = (contrastive_step(networks.template, tensors, real, syn, LABELS)[1] * direction).sum()
+    slope = (measured(Contrastive(), networks, real, syn)[1] * direction).sum()
     torch.testing.assert_close((loss(1e-5) - loss(-1e-5)) / 2e-5, slope, rtol=1e-5, atol=1e-8)
 
 
@@ -224,25 +195,24 @@ def test_the_gradient_is_that_of_the_loss(toy):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 12, 50])
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("distance", DISTANCES, ids=repr)
 def test_part_by_part_is_the_same(toy, rows, distance):
-    networks, tensors = network_of(toy)
-    real, syn = images(toy, syn=4)
-    whole = contrastive_step(networks.template, tensors, real, syn, LABELS, distance)
-    parts = contrastive_step(networks.template, tensors, real, syn, LABELS, distance, rows=rows)
+    networks, (real, syn) = network_of(toy), images(toy, syn=4)
+    whole = measured(Contrastive(distance), networks, real, syn)
+    parts = measured(Contrastive(distance, rows), networks, real, syn)
     torch.testing.assert_close(parts[0], whole[0], rtol=1e-10, atol=0)
     torch.testing.assert_close(parts[1], whole[1], rtol=1e-7, atol=1e-12)
 
 
 def test_no_second_order_pass_is_longer_than_asked_for(toy, monkeypatch):
-    longest, original = [], dcc.contrastive_step.__globals__["union_gradient"]
+    longest, original = [], contrastive.union_gradient
 
     def record(template, tensors, x, labels, create_graph=False, total=None):
         longest.append(len(x) if create_graph else 0)
         return original(template, tensors, x, labels, create_graph, total)
 
-    monkeypatch.setitem(dcc.contrastive_step.__globals__, "union_gradient", record)
-    run = distill(replace(SMALL, rows=4, warm_outer=0), toy.train, 3, 1)
+    monkeypatch.setattr(contrastive, "union_gradient", record)
+    run = distill(replace(SMALL, distance=Contrastive(rows=4), warm_outer=0), toy.train, 3, 1)
     assert max(longest) == 4
     monkeypatch.undo()
     whole = distill(replace(SMALL, warm_outer=0), toy.train, 3, 1)
@@ -274,9 +244,12 @@ def test_it_lowers_its_loss(toy):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"warm_outer": -1}, "warm_outer -1 "),
-        ({"warm_inner": -2}, "warm_inner -2 "),
-        ({"rows": 0}, "rows 0 "),
+        ({"warm_outer": -1}, "warm_outer must be a whole number of at least 0, not -1"),
+        ({"warm_inner": -2}, "warm_inner must be a whole number of at least 0, not -2"),
+        (
+            {"distance": Contrastive() + CurvatureGap()},
+            "the warm-up has the terms gradients, the distance gradients, curvature",
+        ),
     ],
 )
 def test_bad_input_is_one_line(toy, wrong, says):
@@ -284,12 +257,9 @@ def test_bad_input_is_one_line(toy, wrong, says):
         distill(replace(SMALL, **wrong), toy.train, 1, 0)
 
 
-def test_settings():
-    paper = dcc.PRESETS["paper"]
-    assert paper == DCC() and (paper.outer, paper.warm_outer, paper.warm_inner) == (1000, 250, 10)
-    table = {1: (10, 5), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-    assert all(paper.loops(ipc) == loops for ipc, loops in table.items())
-    assert paper.init == "real" and dcc.DSAC["paper"] == DCC(augmentation="data")
+def test_a_second_order_pass_has_an_image():
+    with pytest.raises(CompanionError, match="rows must be a whole number of at least 1, not 0"):
+        Contrastive(rows=0)
 
 
 # -- what is measured of it ---------------------------------------------------------------------------------------------

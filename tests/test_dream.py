@@ -13,11 +13,10 @@ from test_distill import interrupted, same
 from lib.analysis.iterations import first_reached, speedups
 from lib.distill import distill
 from lib.formation import MultiFormation, Pixels
-from lib.methods import dream, idc
+from lib.methods import dream
 from lib.methods.dc import DC
 from lib.methods.dream import DREAM, DreamDC
 from lib.methods.idc import IDC
-from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict_embeddings
 from lib.select.sampler import Memory, RandomBatches, Representative
 from lib.system.errors import CompanionError
@@ -125,28 +124,12 @@ def test_a_network_trained_for_an_epoch_chooses_otherwise(toy):
 # -- DREAM+ -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_feature_distance_written_out(toy):
-    networks = Ensemble.make(SMALL.network, toy.train, [generator(1)])
-    real, syn = toy.train.sample(8, generator(2)), toy.train.sample(3, generator(3))
-    plain = SMALL.gap(networks, real, syn, generator())
-    plus = replace(SMALL, feature=0.5).gap(networks, real, syn, generator())
-    network, leaf = networks.network(0), syn.clone().requires_grad_()
-    extra = torch.stack(
-        [
-            0.5 * (network.embed(real[c]).mean(0) - network.embed(leaf[c]).mean(0)).square().sum()
-            for c in range(3)
-        ]
-    )
-    torch.testing.assert_close(plus[0] - plain[0], extra, rtol=1e-4, atol=1e-5)
-    gradient = torch.autograd.grad(extra.sum(), leaf)[0]
-    torch.testing.assert_close(plus[1] - plain[1], gradient, rtol=1e-3, atol=1e-5)
-    assert gradient.norm() > 0
-
-
 def test_dream_plus_runs(toy):
-    method = replace(SMALL, feature=1.0, early=1, sampler=Representative(every=2, per_cluster=2))
-    run = distill(method, toy.train, 2, 0)
-    assert run.history["loss"].isfinite().all()
+    """Its second term is another summand."""
+    method = replace(dream.plus(SMALL), sampler=Representative(every=2, per_cluster=2))
+    history = distill(method, toy.train, 2, 0).history
+    assert history["loss"].isfinite().all() and (history["features"] > 0).all()
+    torch.testing.assert_close(history["gradients"] + history["features"], history["loss"])
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------------
@@ -165,7 +148,6 @@ def test_resume(toy, tmp_path, method):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"feature": -1.0}, "feature -1.0 "),
         ({"init": "kmeans"}, "unknown init 'kmeans'"),
         ({"sampler": Representative(clusters=30)}, "30 clusters"),
         ({"formation": MultiFormation(3)}, "factor 3 for 8x8"),
@@ -175,16 +157,6 @@ def test_bad_input_is_one_line(toy, wrong, says):
     with pytest.raises(CompanionError, match=says) as caught:
         distill(replace(SMALL, **wrong), toy.train, 1, 0)
     assert "\n" not in str(caught.value)
-
-
-def test_settings():
-    paper = dream.PRESETS["paper"]
-    assert paper == DREAM() and paper.real_batch == 128 and paper.sampler == Representative(every=10)
-    for name in ("digits", "photos16", "photos32"):  # IDC's, with another sampler and start
-        mine, theirs = vars(dream.PRESETS[name]), vars(idc.PRESETS[name])
-        assert {key for key in theirs if mine[key] != theirs[key]} == {"sampler", "init"}
-    assert dream.PRESETS["paper-mnist"].n_data == 500 and dream.PRESETS["paper-mnist"].real_batch == 128
-    assert dream.PRESETS["paper-plus"].feature == 1 and dream.PRESETS["paper-plus"].early == 1
 
 
 # -- iterations to an accuracy ------------------------------------------------------------------------------------------

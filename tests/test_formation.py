@@ -215,12 +215,13 @@ def test_bounded_decodes_as_many_as_fit(factor, count, most):
     total = sum(f * f * n for f, n in found)
     assert total <= max(most, count)
     largest = dict(found).get(factor, 0)
-    assert largest == count or largest * factor**2 + count - largest + factor**2 - 1 > most
+    assert largest == min(count, max(0, (most - count) // factor**2))
 
 
 def test_bounded_by_hand():
-    """13 * 9 + 1 * 4 + 6 = 127; 14 * 9 + 6 would be 132."""
-    assert bounded(3, 20, 128) == [(3, 13), (2, 1), (1, 6)] and bounded(3, 10, 128) == [(3, 10)]
+    """108 // 9 images at factor 3, then (128 - 108 - 8) // 4 at factor 2: the counts of the official code."""
+    assert bounded(3, 20, 128) == [(3, 12), (2, 3), (1, 5)] and bounded(3, 10, 128) == [(3, 10)]
+    assert bounded(3, 50, 128) == [(3, 8), (2, 3), (1, 39)]
 
 
 # -- channels -----------------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ METHODS = {
     "dc": DC(**NET, outer=6, inner=2, epochs=2, init="mix"),
     "dsa": DSA(**NET, outer=6, inner=2, epochs=2),
     "dm": DM(**NET, iterations=12, init="mix"),
-    "m3d": M3D(**NET, iterations=12, factor=1),
+    "m3d": M3D(**NET, iterations=12),
     "datadam": DataDAM(**NET, iterations=12),
     "idc": IDC(**NET, outer=6, inner=2, n_data=12, network_batch=6),
 }

@@ -13,6 +13,8 @@ from torch import nn
 from lib import nets
 from lib.distill import distill
 from lib.match import curvature
+from lib.match.curvature import CurvatureGap
+from lib.match.gradient import RowCosine
 from lib.methods import coreset, lcmat
 from lib.methods.coreset import RULES, Coreset
 from lib.methods.dsa import DSA
@@ -386,16 +388,14 @@ def test_the_gradient_of_the_loss_is_its_finite_difference(toy, form):
     networks = Ensemble.make("mlp", train, [g])
     networks.parameters = {name: tensor.detach().double() for name, tensor in networks.parameters.items()}
     real, syn = train.sample(10, g).double(), train.sample(3, g).double()
-    method = LCMatC(curvature=form, rho=2.0)
+    gap = CurvatureGap(2.0, form)
 
     def value(pixels):
-        target, now = lcmat.outputs(networks, real), lcmat.outputs(networks, pixels)
-        return method.curvature_gap(target, now, g).sum()
+        return gap.match(networks, real, pixels)[0]["curvature"].sum()
 
-    pixels = syn.clone().requires_grad_()
     direction = torch.randn(syn.shape, generator=generator(6)).double()
     step = 1e-5 * direction
-    (gradient,) = torch.autograd.grad(value(pixels), pixels)
+    _, gradient = gap.match(networks, real, syn)
     difference = (value(syn + step) - value(syn - step)) / 2e-5
     torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-8)
 
@@ -405,20 +405,26 @@ def test_the_gradient_of_the_loss_is_its_finite_difference(toy, form):
 MATCH = {"network": "convnet-d2-w4", "outer": 2, "inner": 2, "epochs": 1, "real_batch": 8}
 
 
+def with_curvature(rho, form="gradvar", **changes):
+    return LCMatC(**MATCH | changes, distance=RowCosine() + CurvatureGap(rho, form))
+
+
 def test_without_radius_lcmat_c_is_dsa(toy):
-    ours = distill(LCMatC(**MATCH, rho=0.0), toy.train, 3, 5)
+    ours = distill(with_curvature(0.0), toy.train, 3, 5)
     dsa = distill(DSA(**MATCH), toy.train, 3, 5)
     assert torch.equal(ours.synset.codes, dsa.synset.codes)
     assert torch.equal(ours.history["per_class"], dsa.history["per_class"])
 
 
-@pytest.mark.parametrize("form", lcmat.CURVATURES)
+@pytest.mark.parametrize("form", curvature.KINDS)
 def test_the_term_is_added_to_the_loss_and_moves_the_images(toy, form):
     dsa = distill(DSA(**MATCH), toy.train, 3, 5)
-    ours = distill(LCMatC(**MATCH, rho=1.0, curvature=form), toy.train, 3, 5)
+    ours = distill(with_curvature(1.0, form), toy.train, 3, 5)
     assert (ours.history["per_class"][0] > dsa.history["per_class"][0]).all()
+    terms = ours.history["gradients"] + ours.history["curvature"]
+    torch.testing.assert_close(terms, ours.history["loss"])
     assert not torch.equal(ours.synset.codes, dsa.synset.codes)
-    again = distill(LCMatC(**MATCH, rho=1.0, curvature=form), toy.train, 3, 5)
+    again = distill(with_curvature(1.0, form), toy.train, 3, 5)
     assert torch.equal(again.synset.codes, ours.synset.codes)
 
 
@@ -426,7 +432,7 @@ def test_one_image_has_no_gradient_variance_to_match(toy):
     """``gradvar`` then only adds a constant; ``diag`` acts."""
     plain, same, other = (
         distill(method, toy.train, 1, 5).synset.codes
-        for method in (DSA(**MATCH), LCMatC(**MATCH, rho=5.0), LCMatC(**MATCH, rho=5.0, curvature="diag"))
+        for method in (DSA(**MATCH), with_curvature(5.0), with_curvature(5.0, "diag"))
     )
     torch.testing.assert_close(same, plain, rtol=0, atol=1e-5)
     assert (other - plain).abs().max() > 1e-3
@@ -434,9 +440,7 @@ def test_one_image_has_no_gradient_variance_to_match(toy):
 
 def test_a_step_lowers_the_curvature_gap_that_it_descends(toy):
     """Without augmentation and at one network, with a radius that dwarfs the matching term."""
-    method = LCMatC(
-        **MATCH | {"inner": 40, "epochs": 1}, rho=100.0, curvature="diag", augmentation="none", lr=0.01
-    )
+    method = with_curvature(100.0, "diag", inner=40, epochs=1, augmentation="none", lr=0.01)
     method = replace(method, outer=1, lr_network=1e-9, real_batch=20)
     losses = distill(method, toy.train, 2, 5).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
@@ -446,21 +450,22 @@ def test_a_step_lowers_the_curvature_gap_that_it_descends(toy):
     "changes, message",
     [
         ({"rho": -1.0}, "rho -1.0 is not allowed"),
-        ({"curvature": "eigen"}, "unknown curvature 'eigen'.*diag, eig, gradvar"),
+        ({"kind": "eigen"}, "unknown curvature 'eigen'.*diag, eig, gradvar"),
+        ({"power_steps": 0}, "power_steps must be"),
     ],
 )
-def test_wrong_settings_of_lcmat_c(toy, changes, message):
+def test_wrong_settings_of_lcmat_c(changes, message):
     with pytest.raises(CompanionError, match=message):
-        distill(LCMatC(**MATCH | changes), toy.train, 2, 0)
+        CurvatureGap(**changes)
 
 
 def test_a_network_of_another_kind_has_curvature_too(toy):
-    found = distill(LCMatC(**MATCH | {"network": "mlp"}, rho=1.0), toy.train, 2, 0)
+    found = distill(with_curvature(1.0, network="mlp"), toy.train, 2, 0)
     assert found.synset.codes.isfinite().all()
 
 
 def test_presets_are_the_published_scripts():
     assert lcmat.LCMAT_S["paper"] == LCMatS(eps=0.01, coordinates=100) and LCMatS().proxy.epochs == 10
     assert lcmat.LCMAT_S["paper-resnet18"].proxy == Proxy("resnet18-batch", 10, 0.1, 0.9, 5e-4, 128)
-    for table in (coreset.PRESETS, lcmat.LCMAT_S, lcmat.LCMAT_C):
+    for table in (coreset.PRESETS, lcmat.LCMAT_S):
         assert {"digits", "photos16", "photos32", "paper"} <= table.keys()

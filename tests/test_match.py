@@ -11,12 +11,26 @@ from helpers import generator
 
 from lib import nets
 from lib.match import features, gradient
-from lib.match.gradient import DISTANCES, EPS, class_gradients, matching_step, rowwise_cosine
+from lib.match.gradient import (
+    EPS,
+    LOWEST,
+    METRICS,
+    Cosine,
+    FeatureMean,
+    LayerSum,
+    RowCosine,
+    SquaredError,
+    class_gradients,
+)
 from lib.nets.ensemble import Ensemble
 from lib.system.errors import CompanionError
 
 LIKE = SimpleNamespace(channels=2, num_classes=3, size=8, first_padding=1, device=torch.device("cpu"))
 LABELS = torch.arange(3)
+DISTANCES = {"ours": RowCosine(), "mse": SquaredError(), "cos": Cosine()} | {
+    f"{parts}-{metric}": LayerSum(metric, parts) for parts in LOWEST for metric in METRICS
+}
+rowwise_cosine = RowCosine().between
 
 
 def ensemble(name="convnet-d2-w4-swish", seed=0) -> Ensemble:
@@ -40,7 +54,8 @@ def batches(real=6, syn=2, seed=0):
 
 
 def step(made, real, syn, distance="ours"):
-    return matching_step(made.template, made.parameters | made.buffers, real, syn, LABELS, distance)
+    terms, g = DISTANCES[distance].match(made, real, syn)
+    return terms["gradients"], g
 
 
 def gradients_like(seed, scale=1.0):
@@ -111,8 +126,8 @@ def test_ablation_distances_by_hand():
     a, b = gradients_like(0), gradients_like(1)
     for c in range(2):
         x, y = (torch.cat([t[c].flatten() for t in g]) for g in (a, b))
-        torch.testing.assert_close(DISTANCES["mse"](a, b)[c], (x - y).square().sum())
-        torch.testing.assert_close(DISTANCES["cos"](a, b)[c], 1 - x @ y / (x.norm() * y.norm() + EPS))
+        torch.testing.assert_close(SquaredError().between(a, b)[c], (x - y).square().sum())
+        torch.testing.assert_close(Cosine().between(a, b)[c], 1 - x @ y / (x.norm() * y.norm() + EPS))
 
 
 # -- per-class gradients and the matching step --------------------------------------------------------------------------
@@ -155,7 +170,7 @@ MEANINGFUL = [
 @pytest.mark.parametrize("distance", [name for name in DISTANCES if name.startswith("conv")])
 def test_distances_of_convolutions_need_convolutions(distance):
     made, (real, syn) = ensemble("mlp"), batches()
-    with pytest.raises(CompanionError, match="compares convolutions, and this network has none.*weights-"):
+    with pytest.raises(CompanionError, match="compares convolutions, and this network has none.*weights"):
         step(made, real, syn, distance)
 
 
@@ -168,7 +183,7 @@ def test_matching_step_equals_a_loop_over_classes(name, distance):
         target = slow_gradients(network, real[c], c)
         pixels = syn[c].clone().requires_grad_()
         current = slow_gradients(network, pixels, c, create_graph=True)
-        loss = DISTANCES[distance]([g[None] for g in current], [g[None] for g in target]).sum()
+        loss = DISTANCES[distance].between([g[None] for g in current], [g[None] for g in target]).sum()
         torch.testing.assert_close(losses[c], loss.detach(), rtol=1e-8, atol=1e-9)
         torch.testing.assert_close(got[c], torch.autograd.grad(loss, pixels)[0], rtol=1e-7, atol=1e-10)
 
@@ -232,11 +247,54 @@ def test_classes_do_not_touch_each_other():
 def test_lower_precision_targets_are_close():
     like = {k: v.float() for k, v in (ensemble().parameters).items()}
     template, (real, syn) = nets.make("convnet-d2-w4-swish", LIKE), (b.float() for b in batches())
-    exact, g = matching_step(template, like, real, syn, LABELS)
-    rough, rough_g = matching_step(template, like, real, syn, LABELS, mixed=True)
+    made = Ensemble(template, like, {})
+    (exact, g), (rough, rough_g) = (
+        RowCosine().match(made, real, syn, mixed=mixed) for mixed in (False, True)
+    )
+    exact, rough = exact["gradients"], rough["gradients"]
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     assert (rough - exact).abs().max() < 0.02 * exact.abs().max()
     assert F.cosine_similarity(rough_g.flatten(), g.flatten(), dim=0) > 0.99
+
+
+def test_gaps_add_up():
+    """Losses by name, and gradients; two of the same name are one term."""
+    made, (real, syn) = ensemble(), batches()
+    parts = [RowCosine(), FeatureMean(0.5), LayerSum("l1")]
+    each = [part.match(made, real, syn) for part in parts]
+    terms, g = (parts[0] + (parts[1] + parts[2])).match(made, real, syn)
+    assert list(terms) == ["gradients", "features"] == list((parts[0] + parts[1] + parts[2]).names)
+    torch.testing.assert_close(terms["gradients"], each[0][0]["gradients"] + each[2][0]["gradients"])
+    torch.testing.assert_close(terms["features"], each[1][0]["features"])
+    torch.testing.assert_close(g, sum(gradient for _, gradient in each))
+
+
+def test_the_distance_of_features_written_out():
+    made, (real, syn) = ensemble(), batches()
+    network, leaf = made.network(0), syn.clone().requires_grad_()
+    terms, g = FeatureMean(0.5).match(made, real, syn)
+    want = torch.stack(
+        [
+            0.5 * (network.embed(real[c]).mean(0) - network.embed(leaf[c]).mean(0)).square().sum()
+            for c in range(3)
+        ]
+    )
+    torch.testing.assert_close(terms["features"], want.detach())
+    torch.testing.assert_close(g, torch.autograd.grad(want.sum(), leaf)[0])
+    assert g.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: LayerSum("l2"), "unknown metric of gradients 'l2'.*l1, l1_mean, mse"),
+        (lambda: LayerSum(parts="convs"), "unknown parts of a gradient 'convs'.*all, conv, weights"),
+        (lambda: FeatureMean(-1.0), "weight -1.0 of FeatureMean"),
+    ],
+)
+def test_bad_values_are_one_line(make, says):
+    with pytest.raises(CompanionError, match=says):
+        make()
 
 
 # -- class means --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import generator
+from helpers import generator, toy_data
 
 from lib.distill import distill
 from lib.match.features import ClassMean
@@ -16,6 +16,7 @@ from lib.methods import method as class_of
 from lib.nets.supply import Fresh, Queue
 from lib.plain import plain, text
 from lib.recover.teacher import Teacher
+from lib.select.sampler import Representative
 
 NET = "convnet-d2-w4"
 
@@ -28,6 +29,8 @@ class Case:
     ipc: int = 2
     rtol: float = 1e-4
     atol: float = 1e-5
+    channels: int = 1
+    per_class: int = 20
 
 
 DM = class_of("dm")(iterations=5, real_batch=8, network=NET)
@@ -64,6 +67,23 @@ SMALL = {"iterations": 5, "lr": 0.05, "crop": None, "storage": "float", "roll": 
 SRE2L = class_of("sre2l")(block_images=3, **SMALL)
 WMDD = class_of("wmdd")(bn_weight=1.0, **SMALL)
 RECOVERED = ({}, {"crop": 0.3}, {"teacher": replace(QUICK, network="resnet18-w2-batch")})
+# rates at which images and networks move far enough within a few steps
+MATCHED = {"outer": 2, "inner": 3, "epochs": 2, "real_batch": 8, "network": NET, "lr": 0.5, "lr_network": 0.1}
+ON_REAL = {
+    "outer": 2,
+    "inner": 3,
+    "real_batch": 8,
+    "network": NET,
+    "lr": 0.5,
+    "base_side": 8,
+    "n_data": 24,
+    "network_batch": 8,
+}
+DC = class_of("dc")(**MATCHED)
+DSA = class_of("dsa")(**MATCHED)
+DCC = class_of("dcc")(**MATCHED, warm_outer=1, warm_inner=2)
+LCMAT_C = class_of("lcmat_c")(**MATCHED)
+OFTEN = Representative(every=2)
 # name -> cases; the settings are those that the plain version reads
 CASES = {
     "krr": [Case(class_of("krr")(map=name), rtol=1e-6) for name in ("identity", "fcnn", "fourier")],
@@ -91,6 +111,30 @@ CASES = {
     "idm": [Case(IDM), Case(replace(IDM, augmentation="none"), ipc=1)],
     "datadam": [Case(replace(DATADAM, augmentation=names)) for names in ("none", "data")],
     "ddm": [Case(DDM, ipc=4), Case(replace(DDM, augmentation="none"), ipc=7)],
+    "dc": [Case(replace(DC, network_batch=size), rtol=1e-3, atol=1e-4) for size in (256, 4)],
+    "dsa": [Case(replace(DSA, network_batch=size), rtol=1e-3, atol=1e-4) for size in (256, 4)],
+    "dcc": [Case(DCC, rtol=1e-3, atol=1e-4), Case(replace(DCC, warm_outer=0), ipc=1, rtol=1e-3, atol=1e-4)],
+    "lcmat_c": [Case(LCMAT_C, ipc=3, rtol=1e-3, atol=1e-4)],
+    "idc": [Case(class_of("idc")(**ON_REAL), rtol=1e-3, atol=1e-4)],
+    # few clusters of many images: of two images that make a cluster both are nearest to its centre
+    "dream": [
+        Case(
+            class_of("dream")(**ON_REAL | {"real_batch": 4}, sampler=OFTEN),
+            ipc=1,
+            rtol=1e-3,
+            atol=1e-4,
+            per_class=60,
+        )
+    ],
+    "dream_dc": [
+        Case(
+            class_of("dream_dc")(**MATCHED | {"real_batch": 4}, sampler=OFTEN),
+            rtol=1e-3,
+            atol=1e-4,
+            per_class=60,
+        )
+    ],
+    "dcep": [Case(class_of("dcep")(**ON_REAL), rtol=1e-3, atol=1e-4, channels=3)],
     "wasserstein": [Case(W2, ipc=4), Case(replace(W2, augmentation="none"), ipc=1)],
 }
 
@@ -100,9 +144,10 @@ CASES = {
     [(name, case) for name, cases in CASES.items() for case in cases],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_method_equals_its_plain_version(toy, name, case):
-    got = distill(case.method, toy.train, case.ipc, 5)
-    wanted, losses = plain(name)(case.method, toy.train, case.ipc, generator(5))
+def test_the_method_equals_its_plain_version(name, case):
+    train = toy_data(per_class=case.per_class, channels=case.channels).train
+    got = distill(case.method, train, case.ipc, 5)
+    wanted, losses = plain(name)(case.method, train, case.ipc, generator(5))
     images, labels = wanted if isinstance(wanted, tuple) else (wanted, None)
     torch.testing.assert_close(got.synset.codes, images, rtol=case.rtol, atol=case.atol)
     if labels is not None and got.synset.soft:

@@ -101,6 +101,27 @@ PROTOCOLS = {
             "idc", epochs=1000, batch=64, schedule="steps", augmentation="data", mode="idc", cutmix=0.5, networks=3,
             source="IDC, arXiv 2205.14959: CutMix; its strategy has no cutout",
         ),
+        Protocol(
+            "dc-mnist", epochs=1000, augmentation="crop_scale_rotate",
+            source="DC's code on MNIST: 1000 epochs with crops, scales and rotations, there one per image and stronger than DSA's",
+        ),
+        Protocol(
+            "idc-plain", epochs=1000, batch=64, schedule="steps", augmentation="color_crop_scale_rotate", mode="idc", networks=3,
+            source="IDC's code on MNIST with multi-formation: no CutMix",
+        ),
+        Protocol(
+            "idc-cutout", epochs=1000, batch=64, schedule="steps", augmentation="color_crop_cutout_scale_rotate", mode="idc",
+            networks=3, source="IDC's code for IDC-I on SVHN at IPC 1: cutout, no CutMix",
+        ),
+        *(
+            Protocol(
+                f"idc-imagenet-{epochs}", network="resnet18ap", epochs=epochs, batch=64, schedule="steps", cutmix=1.0, networks=3,
+                augmentation="color_crop_flip", mode="idc",
+                source="IDC on ImageNet subsets, there ResNetAP-10 and random resized crops, jitter and lighting; epochs by the "
+                "number of decoded images",
+            )
+            for epochs in (667, 1000, 1333, 1500, 2000)
+        ),
         Protocol("dcbench", epochs=1000, augmentation="data", networks=5, source="DC-BENCH with DSA; 300 epochs without"),
         Protocol("ddranking", epochs=1000, augmentation="data", labels="hard", networks=1, source="DD-Ranking, hard labels"),
         Protocol("cpu-small", networks=5, sets=3, source="dc, scaled to two cores on the embedded data sets"),

@@ -10,7 +10,7 @@ first way, then all images formed the second way, ... It is a frozen dataclass o
     check           refuses images of a shape ``(c, h, w)`` that it cannot form, in one line
     pack            k real images per code, ``(k, m, c, h, w)`` -> codes ``(m, c, h, w)`` to start from
     on              the same formation for codes in the normalised space of a data set's transform
-    extra_bytes     storage of numbers that are learned with the codes
+    learned         whether it has numbers that are learned with the codes; extra_bytes: their storage
 
 Every method that learns pixels takes one: ``DM(formation=Mosaic(2))``. Methods call ``on`` themselves: a formation as it is
 constructed acts on pixels in [0, 1], where papers define theirs; it matters where colours are mixed or made up.

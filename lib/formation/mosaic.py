@@ -76,6 +76,7 @@ class Mosaic:
     packing: str = "bilinear"  # how real images are reduced to cells at the start; "nearest" as M3D
     name: str = "mosaic"
     extra_bytes: ClassVar[int] = 0
+    learned: ClassVar[bool] = False
 
     @property
     def multiplicity(self) -> int:

@@ -17,6 +17,7 @@ class Pixels:
     name: str = "pixels"
     multiplicity: ClassVar[int] = 1
     extra_bytes: ClassVar[int] = 0
+    learned: ClassVar[bool] = False
 
     def __call__(self, codes: Tensor) -> Tensor:
         return codes

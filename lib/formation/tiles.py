@@ -46,6 +46,7 @@ class MultiFormation:
         return sum(factor**2 for factor in self.factors)
 
     extra_bytes: ClassVar[int] = 0
+    learned: ClassVar[bool] = False
 
     def __call__(self, codes: Tensor) -> Tensor:
         return torch.cat([enlarged_tiles(codes, f, self.colour, self.shifts) for f in self.factors])
@@ -115,10 +116,14 @@ def tiled(images: Tensor) -> Tensor:
 
 def bounded(factor: int, count: int, most: int) -> list[tuple[int, int]]:
     """IDC's "bound": ``(factor, images)`` for ``count`` stored images so that at most ``most`` images come out of them,
-    greedily as many as possible at the largest factor, then at the next one, and the rest as they are."""
+    greedily at the largest factor, then at the next one, and the rest as they are.
+
+    As in the official code an image counts f^2 of what is left after every other one has got its one, although it has got
+    its own one too: a few more would fit.
+    """
     parts = []
     for f in range(factor, 1, -1):
-        n = max(0, min(count, (most - count) // (f * f - 1)))
+        n = max(0, min(count, (most - count) // f**2))
         parts.append((f, n))
         count, most = count - n, most - n * f * f
     return [(f, n) for f, n in [*parts, (1, count)] if n]

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lib.match.gradient import Gap, embed
+from lib.nets.ensemble import Ensemble
+from lib.system.errors import CompanionError, unknown, whole
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,61 @@ def top_eigenvalue(real: Outputs, syn: Outputs, start: Tensor, steps: int = 10) 
 
 def _unit(v: Tensor) -> Tensor:
     return F.normalize(v.flatten(1), dim=1).view_as(v)
+
+
+def outputs(networks: Ensemble, images: Tensor) -> Outputs:
+    """What the last layer of one network sees and says of ``(C, n, c, h, w)`` images, class c in row c."""
+    weight, bias = (networks.parameters[f"classifier.{kind}"][0].detach() for kind in ("weight", "bias"))
+    h = embed(networks, images)
+    labels = torch.arange(len(images), device=images.device)
+    return Outputs(F.pad(h, (1, 0), value=1.0), F.linear(h, weight, bias), labels)
+
+
+KINDS = ("gradvar", "diag", "eig")
+
+
+@dataclass(frozen=True)
+class CurvatureGap(Gap):
+    r"""$\tfrac\rho2\,\mathcal C(T_c,S_c)$ of the last layer: LCMat-C's term beside a distance of gradients.
+
+    Attributes:
+        rho: radius of the ball, at least 0; kind: the form of $\mathcal C$: ``gradvar``, which is constant for one image per
+            class, ``diag`` or ``eig``, with ``power_steps`` power iterations from a random start.
+    """
+
+    rho: float = 0.1
+    kind: str = "gradvar"
+    power_steps: int = 10
+
+    name: ClassVar[str] = "curvature"
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise unknown("curvature", self.kind, KINDS)
+        if not self.rho >= 0:
+            raise CompanionError(f"rho {self.rho!r} is not allowed: a radius is at least 0")
+        whole(self, power_steps=1)
+
+    def between(self, real: Outputs, syn: Outputs, generator: torch.Generator | None = None) -> Tensor:
+        r"""$\mathcal C(T_c,S_c)$, ``(C,)``."""
+        if self.kind == "gradvar":
+            return gradient_variance(real, syn)
+        if self.kind == "diag":
+            return diagonal(real, syn)
+        shape = (len(syn.labels), syn.logits.shape[2], syn.inputs.shape[2])
+        start = torch.randn(shape, generator=generator, device=syn.inputs.device).to(syn.inputs)
+        return top_eigenvalue(real, syn, start, self.power_steps)
+
+    def match(
+        self,
+        networks: Ensemble,
+        real: Tensor,
+        syn: Tensor,
+        generator: torch.Generator | None = None,
+        mixed: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        pixels = syn.detach().requires_grad_()
+        with torch.no_grad():
+            target = outputs(networks, real)
+        losses = self.rho / 2 * self.between(target, outputs(networks, pixels), generator)
+        return {self.name: losses.detach()}, torch.autograd.grad(losses.sum(), pixels)[0]

@@ -5,20 +5,27 @@ $$\sum_c D\big(\nabla_\theta \ell(\mathcal S_c;\theta),\ \nabla_\theta \ell(\mat
 D(A,B)=\sum_{\text{layers}}\sum_{\text{rows } r}
 \Big(1-\frac{\langle A_r,B_r\rangle}{\lVert A_r\rVert\,\lVert B_r\rVert+10^{-6}}\Big).$$
 
-Gradients carry a leading class axis: a gradient is a list of ``(C, *parameter shape)``.
+D is a value: :class:`RowCosine` above, :class:`SquaredError` and :class:`Cosine` (the paper's ablations), :class:`LayerSum` (IDC).
+Each is a :class:`Gap`, which gives the losses of all classes and their gradient with respect to the synthetic images. Gaps add up,
+``RowCosine() + CurvatureGap(1.0)``: losses and gradients are added, and the history shows every term. Others stand beside their
+mathematics, in ``contrastive`` and ``curvature``.
+
+Parameter gradients carry a leading class axis: they are lists of ``(C, *parameter shape)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.nets.ensemble import apply
-from lib.system.errors import CompanionError
+from lib.match.features import class_mean
+from lib.nets.ensemble import Ensemble, apply
+from lib.system.errors import CompanionError, choose
 
 EPS = 1e-6  # of the published code, added to the product of the norms
 GROUPED_BYTES = (
@@ -26,64 +33,179 @@ GROUPED_BYTES = (
 )  # on a CPU, classes share one call while the input-size maps of one class stay below this
 
 
-def rowwise_cosine(syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """DC's distance, ``(C,)``: one minus cosine, summed over rows (output channels) and layers.
+@dataclass(frozen=True)
+class Gap:
+    """The base of all: how far S is from T at one network, class by class."""
+
+    name: ClassVar[str] = "gradients"  # of its term in the history
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The terms of :meth:`match`."""
+        return (self.name,)
+
+    def match(
+        self,
+        networks: Ensemble,
+        real: Tensor,
+        syn: Tensor,
+        generator: torch.Generator | None = None,
+        mixed: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of every class and the gradient of their sum with respect to the synthetic images.
+
+        Args:
+            networks: one network, as it is to be used (in eval mode where its statistics are to rest).
+            real: ``(C, B, c, h, w)``; syn: ``(C, M, c, h, w)``, class c in row c (augmented already where the method augments).
+            generator: for gaps that draw random numbers.
+            mixed: compute what is only a target in bfloat16.
+        Returns:
+            term -> ``(C,)``, without graph, and the gradient, shaped as ``syn``.
+        """
+        raise NotImplementedError
+
+    def __add__(self, other: Gap) -> Total:
+        return Total((*_parts(self), *_parts(other)))
+
+
+@dataclass(frozen=True)
+class Total(Gap):
+    """A sum of gaps."""
+
+    parts: tuple[Gap, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.names))
+
+    def match(
+        self,
+        networks: Ensemble,
+        real: Tensor,
+        syn: Tensor,
+        generator: torch.Generator | None = None,
+        mixed: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        terms: dict[str, Tensor] = {}
+        total = torch.zeros_like(syn)
+        for part in self.parts:
+            found, gradient = part.match(networks, real, syn, generator, mixed)
+            terms |= {name: terms[name] + value if name in terms else value for name, value in found.items()}
+            total = total + gradient
+        return terms, total
+
+
+def _parts(gap: Gap) -> tuple[Gap, ...]:
+    return gap.parts if isinstance(gap, Total) else (gap,)
+
+
+# -- between the gradients of every class ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradientGap(Gap):
+    """The base of distances between the parameter gradients of every class."""
+
+    def between(self, syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+        """The distance of two lists of gradients, ``(C,)``."""
+        raise NotImplementedError
+
+    def match(
+        self,
+        networks: Ensemble,
+        real: Tensor,
+        syn: Tensor,
+        generator: torch.Generator | None = None,
+        mixed: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        template, tensors = networks.template, networks.parameters | networks.buffers
+        labels = torch.arange(len(real), device=real.device)
+        pixels = syn.detach().requires_grad_()
+        size = _classes_per_call(template, real)
+        losses, gradients = [], []
+        for part in range(0, len(real), size):
+            of = slice(part, part + size)
+            with torch.autocast(real.device.type, torch.bfloat16, enabled=mixed):
+                target = class_gradients(template, tensors, real[of], labels[of])
+            current = class_gradients(template, tensors, pixels[of], labels[of], create_graph=True)
+            loss = self.between(current, target)
+            gradients.append(torch.autograd.grad(loss.sum(), pixels)[0][of])
+            losses.append(loss.detach())
+        return {self.name: torch.cat(losses)}, torch.cat(gradients)
+
+
+@dataclass(frozen=True)
+class RowCosine(GradientGap):
+    """DC's distance: one minus cosine, summed over rows (output channels) and layers.
 
     Vectors (biases, affine norm weights) are dropped. A row that is zero on either side costs exactly 1.
     """
-    total = syn[0].new_zeros(len(syn[0]))
-    for a, b in zip(syn, real, strict=True):
-        if a.dim() > 2:
-            a, b = (
-                a.flatten(2) if a.dim() > 3 else a,
-                b.flatten(2) if b.dim() > 3 else b,
-            )  # (C, rows, entries)
-            cosine = (a * b).sum(-1) / (
-                torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1) + EPS
-            )
-            total = total + (1 - cosine).sum(-1)
-    return total
+
+    def between(self, syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+        total = syn[0].new_zeros(len(syn[0]))
+        for a, b in zip(syn, real, strict=True):
+            if a.dim() > 2:
+                a, b = (x.flatten(2) if x.dim() > 3 else x for x in (a, b))  # (C, rows, entries)
+                cosine = (a * b).sum(-1) / (
+                    torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1) + EPS
+                )
+                total = total + (1 - cosine).sum(-1)
+        return total
 
 
-def squared_error(syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """Ablation ``mse``: squared norm of the difference of all parameters as one vector, ``(C,)``."""
-    return (_vector(syn) - _vector(real)).square().sum(-1)
+@dataclass(frozen=True)
+class SquaredError(GradientGap):
+    """DC's ablation "mse": squared norm of the difference of all parameters as one vector."""
+
+    def between(self, syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+        return (_vector(syn) - _vector(real)).square().sum(-1)
 
 
-def cosine(syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """Ablation ``cos``: one minus the cosine of all parameters as one vector, ``(C,)``."""
-    a, b = _vector(syn), _vector(real)
-    return 1 - (a * b).sum(-1) / (
-        torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1) + EPS
-    )
+@dataclass(frozen=True)
+class Cosine(GradientGap):
+    """DC's ablation "cos": one minus the cosine of all parameters as one vector."""
+
+    def between(self, syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+        a, b = _vector(syn), _vector(real)
+        return 1 - (a * b).sum(-1) / (
+            torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1) + EPS
+        )
 
 
 def _vector(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
 
 
-def layer_sum(
-    syn: Sequence[Tensor], real: Sequence[Tensor], metric: str = "mse", parts: str = "conv"
-) -> Tensor:
-    """IDC's distances (arXiv 2205.14959), ``(C,)``: plain sums over the parameters that count, not divided by their number.
+@dataclass(frozen=True)
+class LayerSum(GradientGap):
+    """IDC's distances (arXiv 2205.14959): plain sums over the parameters that count, not divided by their number.
 
-    Args:
+    Attributes:
         metric: of :data:`METRICS`, between rows (output channels; every entry of a vector is a row of its own).
         parts: ``conv``: convolution weights alone (the published choice); ``weights``: all but vectors; ``all``.
     Raises:
         CompanionError: the network has no such parameter, as an MLP has no convolution.
     """
-    counted = [pair for pair in zip(syn, real, strict=True) if pair[0].dim() > LOWEST[parts]]
-    if not counted:
-        raise CompanionError(
-            f"distance '{parts}-{metric}' compares convolutions, and this network has none: allowed for it are "
-            f"'weights-{metric}' and 'all-{metric}'"
-        )
-    total = syn[0].new_zeros(len(syn[0]))
-    for pair in counted:
-        rows = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in pair)  # (C, rows, entries)
-        total = total + METRICS[metric](*rows)
-    return total
+
+    metric: str = "mse"
+    parts: str = "conv"
+
+    def __post_init__(self):
+        choose("metric of gradients", self.metric, METRICS)
+        choose("parts of a gradient", self.parts, LOWEST)
+
+    def between(self, syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+        counted = [pair for pair in zip(syn, real, strict=True) if pair[0].dim() > LOWEST[self.parts]]
+        if not counted:
+            raise CompanionError(
+                f"LayerSum(parts={self.parts!r}) compares convolutions, and this network has none: "
+                "allowed parts are 'weights' and 'all'"
+            )
+        total = syn[0].new_zeros(len(syn[0]))
+        for pair in counted:
+            rows = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in pair)  # (C, rows, entries)
+            total = total + METRICS[self.metric](*rows)
+        return total
 
 
 LOWEST = {"conv": 4, "weights": 2, "all": 1}  # dimensions, that of the classes included, are more than this
@@ -91,18 +213,46 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda a, b: (a - b).square().sum((1, 2)),
     "l1": lambda a, b: (a - b).abs().sum((1, 2)),
     "l1_mean": lambda a, b: (a - b).abs().mean(2).sum(1),
-    "cos": lambda a, b: rowwise_cosine([a], [b]),
+    "cos": lambda a, b: RowCosine().between([a], [b]),
 }
 
-DISTANCES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
-    "ours": rowwise_cosine,
-    "mse": squared_error,
-    "cos": cosine,
-} | {
-    f"{parts}-{metric}": partial(layer_sum, metric=metric, parts=parts)
-    for parts in LOWEST
-    for metric in METRICS
-}
+
+# -- between features -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeatureMean(Gap):
+    r"""$w\,\lVert\bar\phi(\mathcal T_c)-\bar\phi(\mathcal S_c)\rVert_2^2$ of the embeddings: the term of DREAM+ (arXiv 2310.15052)."""
+
+    weight: float = 1.0
+
+    name: ClassVar[str] = "features"
+
+    def __post_init__(self):
+        if not self.weight >= 0:
+            raise CompanionError(f"weight {self.weight!r} of FeatureMean is not allowed: at least 0")
+
+    def match(
+        self,
+        networks: Ensemble,
+        real: Tensor,
+        syn: Tensor,
+        generator: torch.Generator | None = None,
+        mixed: bool = False,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        pixels = syn.detach().requires_grad_()
+        with torch.no_grad():
+            target = embed(networks, real)
+        losses = self.weight * class_mean(target, embed(networks, pixels))
+        return {self.name: losses.detach()}, torch.autograd.grad(losses.sum(), pixels)[0]
+
+
+def embed(networks: Ensemble, images: Tensor) -> Tensor:
+    """Embeddings ``(C, n, d)`` of ``(C, n, c, h, w)`` images in one network, to whose weights no gradient flows."""
+    return networks.detached().embed(images.flatten(0, 1).unsqueeze(0))[0].unflatten(0, images.shape[:2])
+
+
+# -- the gradients --------------------------------------------------------------------------------------------------------
 
 
 def class_gradients(
@@ -139,37 +289,6 @@ def class_gradients(
             loss, [copies[name] for name in names], create_graph=create_graph, materialize_grads=True
         )
     )
-
-
-def matching_step(
-    template: nn.Module,
-    tensors: Mapping[str, Tensor],
-    real: Tensor,
-    syn: Tensor,
-    labels: Tensor,
-    distance: str = "ours",
-    mixed: bool = False,
-) -> tuple[Tensor, Tensor]:
-    r"""The distance of every class and its gradient with respect to the synthetic images.
-
-    Args:
-        real: ``(C, B, c, h, w)``; syn: ``(C, M, c, h, w)`` (augmented already where the method augments).
-        mixed: compute the real gradients, which are only a target, in bfloat16.
-    Returns:
-        $D_c$, ``(C,)``, and $\partial \sum_c D_c / \partial$ ``syn``, shaped as ``syn``.
-    """
-    pixels = syn.detach().requires_grad_()
-    size = _classes_per_call(template, real)
-    losses, gradients = [], []
-    for part in range(0, len(real), size):
-        of = slice(part, part + size)
-        with torch.autocast(real.device.type, torch.bfloat16, enabled=mixed):
-            target = class_gradients(template, tensors, real[of], labels[of])
-        current = class_gradients(template, tensors, pixels[of], labels[of], create_graph=True)
-        loss = DISTANCES[distance](current, target)
-        gradients.append(torch.autograd.grad(loss.sum(), pixels)[0][of])
-        losses.append(loss.detach())
-    return torch.cat(losses), torch.cat(gradients)
 
 
 def _classes_per_call(template: nn.Module, real: Tensor) -> int:

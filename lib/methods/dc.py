@@ -4,8 +4,8 @@ $$\min_{\mathcal S}\ \mathbb E_{\theta_0}\sum_{t=0}^{T-1}\sum_c
 D\big(\nabla_\theta\ell(\mathcal S_c;\theta_t),\ \nabla_\theta\ell(\mathcal T_c;\theta_t)\big),\qquad
 \theta_{t+1}=\theta_t-\eta_\theta\nabla_\theta\ell(\mathcal S;\theta_t)\ \text{(}\varsigma_\theta\text{ times)}.$$
 
-A step here is one matching step; the networks restart every T steps. D is the row-wise cosine distance of
-``lib.match.gradient``.
+A step here is one matching step; the networks restart every T steps. D is a value (``distance``, ``lib.match.gradient``), the
+row-wise cosine distance if not told otherwise.
 
 Paper and code: the paper's Algorithm 1 updates the classes one after the other, the code sums their losses and steps once; the
 classes are disjoint pixels, so the two coincide. The paper counts network *steps*, the code epochs over S; we count epochs
@@ -22,14 +22,17 @@ from torch import Tensor
 
 from lib import augment, nets
 from lib.augment import augment_by_class, families
-from lib.formation import Pixels, by_class, decode_by_class
-from lib.formation.start import initial_codes, pixel_set
-from lib.match.gradient import DISTANCES, matching_step
+from lib.data.imageset import ImageSet
+from lib.formation import Pixels, at_most, by_class, decode_by_class
+from lib.formation.start import SPACES, initial_codes, pixel_set
+from lib.match.gradient import Gap, RowCosine
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict_embeddings, sgd_steps
+from lib.optim.sequential import sequential_rates
+from lib.recipes import Recipes, published, small
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet, class_major
-from lib.system.errors import choose
+from lib.system.errors import CompanionError, choose, whole
 
 # IPC -> (matching steps T per network, epochs of network training between two of them); appendix and code
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -42,7 +45,7 @@ class State:
     optimiser: torch.optim.Optimizer
     networks: Ensemble  # one network
     t: int  # matching steps done with this network
-    train: object = field(metadata={"constant": True})
+    train: ImageSet = field(metadata={"constant": True})
     ipc: int = field(metadata={"constant": True})
     memory: Memory = field(default_factory=Memory, kw_only=True)  # of the sampler
 
@@ -61,7 +64,7 @@ class DC:
     network_batch: int = 256
     network: str = "convnet-d3-w128"
     init: str = "noise"
-    distance: str = "ours"  # "mse" and "cos" are the paper's ablations
+    distance: Gap = RowCosine()  # what is compared (lib.match.gradient)
     augmentation: str = "none"
     siamese: bool = True  # share the augmentation between real and synthetic images
     mixed: bool = False  # real gradients in bfloat16
@@ -70,6 +73,25 @@ class DC:
     )
     formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
     sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
+    most: int | None = (
+        None  # at most so many decoded images of a class are compared, drawn anew at every step
+    )
+    space: str = "normalised"  # of the stored pixels; "unit": [0, 1], clamped whenever a network begins, and at the end
+    sequential: bool = (
+        False  # the joint step that equals one optimiser step per class in turn (lib.optim.sequential)
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.distance, Gap):
+            raise CompanionError(
+                f"distance {self.distance!r} does not compare gradients: allowed are the values of lib.match.gradient, "
+                "such as RowCosine()"
+            )
+        choose("pixel space", self.space, dict.fromkeys(SPACES))
+        whole(self, outer=0, real_batch=1)
+        for name in ("inner", "epochs", "most"):
+            if getattr(self, name) is not None:
+                whole(self, **{name: 1})
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """$(T, \\varsigma_\\theta)$ for this IPC: the published table, else T = IPC and about 500 / IPC epochs."""
@@ -79,10 +101,23 @@ class DC:
     def total_steps(self, ipc: int) -> int:
         return self.outer * self.loops(ipc)[0]
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        choose("distance", self.distance, DISTANCES)
-        pixels = initial_codes(self.formation, train, ipc, self.init, generator).requires_grad_()
-        optimiser = torch.optim.SGD([pixels], lr=self.lr, momentum=self.momentum)  # one for the whole run
+    def with_steps(self, count: int, ipc: int = 1) -> DC:
+        """The same method with ``count`` updates of the images at this IPC, in whole networks."""
+        return replace(self, outer=-(-count // self.loops(ipc)[0]))
+
+    def rate(self, train: ImageSet, ipc: int) -> float:
+        """The learning rate of the pixels."""
+        return self.lr
+
+    def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
+        pixels = initial_codes(self.formation, train, ipc, self.init, generator)
+        if self.space == "unit":
+            pixels = train.transform.inverse(pixels)
+        lr, momentum = self.rate(train, ipc), self.momentum
+        if self.sequential:
+            lr, momentum = sequential_rates(lr, momentum, train.num_classes)
+        # one optimiser for the whole run
+        optimiser = torch.optim.SGD([pixels.requires_grad_()], lr=lr, momentum=momentum)
         return State(pixels, optimiser, Ensemble.make(self.network, train, [generator]), 0, train, ipc)
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
@@ -91,20 +126,23 @@ class DC:
         if state.t == 0:
             self.new_network(state, generator)
 
-        losses = self.match(state, generator)
+        metrics = self.match(state, generator)
 
         state.t = (state.t + 1) % inner
         if state.t:
             self.train_network(state, epochs, generator)
-        return {"loss": losses.sum(), "per_class": losses}
+        return metrics
 
     def new_network(self, state: State, generator: torch.Generator) -> None:
         """What happens every T steps: a fresh network, with which the sampler begins anew."""
         state.networks = Ensemble.make(self.network, state.train, [generator])
         state.memory.restart()
+        if self.space == "unit":
+            with torch.no_grad():
+                state.pixels.clamp_(0, 1)
 
-    def match(self, state: State, generator: torch.Generator) -> Tensor:
-        """Update S by the gradient distance at the current network; the loss of every class."""
+    def match(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+        """Update S by the distance at the current network: its sum, and that of every class."""
         real = self.real(state, generator)  # (C, B, c, h, w)
         syn = self.images(state, generator)  # (C, M, c, h, w)
         real, syn = self.transform(real, syn, state.train, generator)
@@ -112,12 +150,18 @@ class DC:
         if nets.has_batch_norm(networks.template):
             self.freeze_batch_norm(state, generator)
 
-        losses, gradient = self.gap(networks, real, syn, generator)
+        terms, gradient = self.compared(state).match(networks, real, syn, generator, self.mixed)
 
         state.optimiser.zero_grad()
         syn.backward(gradient)  # through the augmentation and the formation to the pixels
         state.optimiser.step()
-        return losses
+        losses = sum(terms.values())
+        parts = {name: term.sum() for name, term in terms.items()} if len(terms) > 1 else {}
+        return {"loss": losses.sum(), "per_class": losses} | parts
+
+    def compared(self, state: State) -> Gap:
+        """The distance of this step."""
+        return self.distance
 
     def real(self, state: State, generator: torch.Generator) -> Tensor:
         """The real batch of every class, ``(C, B, c, h, w)``."""
@@ -130,8 +174,23 @@ class DC:
 
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The synthetic images that are compared, ``(C, M, c, h, w)``: what the stored ones are decoded to."""
-        stored = by_class(state.pixels, state.train.num_classes)
+        decoded = self.decode(state, by_class(self.normalised(state), state.train.num_classes))
+        return decoded if self.most is None else at_most(decoded, self.most, generator)
+
+    def normalised(self, state: State) -> Tensor:
+        """The stored images in the space of the data, ``(C * ipc, c, h, w)``."""
+        return state.train.transform.forward(state.pixels) if self.space == "unit" else state.pixels
+
+    def decode(self, state: State, stored: Tensor) -> Tensor:
+        """What normalised stored images are trained on as, ``(C, m, c, h, w) -> (C, k m, c, h, w)``."""
         return decode_by_class(self.formation.on(state.train.transform), stored)
+
+    @torch.no_grad()
+    def decoded_set(self, state: State) -> tuple[Tensor, Tensor]:
+        """All of S as networks learn it: images ``(k C ipc, c, h, w)`` and their labels."""
+        labels = class_major(state.train.num_classes, state.ipc, state.pixels.device)
+        images = self.decode(state, self.normalised(state).detach().unsqueeze(0))[0]
+        return images, self.formation.labels(labels)
 
     def transform(
         self, real: Tensor, syn: Tensor, train, generator: torch.Generator
@@ -145,14 +204,6 @@ class DC:
             syn = augment_by_class(syn, omega)
         return real, syn
 
-    def gap(
-        self, networks: Ensemble, real: Tensor, syn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """What is matched: the distance of every class ``(C,)``, and its gradient with respect to ``syn`` (C, M, c, h, w)."""
-        labels = torch.arange(len(real), device=real.device)
-        tensors = networks.parameters | networks.buffers
-        return matching_step(networks.template, tensors, real, syn, labels, self.distance, self.mixed)
-
     def freeze_batch_norm(self, state: State, generator: torch.Generator) -> None:
         """Set running statistics from a joint batch of all classes, then use them on both sides."""
         count = min(NORM_IMAGES, state.train.smallest_class)
@@ -165,12 +216,11 @@ class DC:
     def train_network(self, state: State, epochs: int, generator: torch.Generator) -> None:
         """$\\varsigma_\\theta$ epochs of plain SGD on the current S; augmentation here is per image, not siamese."""
         strategy = "_".join(families(self.augmentation, state.train)) or "none"
-        formation = self.formation.on(state.train.transform)
-        labels = class_major(state.train.num_classes, state.ipc, state.pixels.device)
+        images, labels = self.decoded_set(state)
         sgd_steps(
             state.networks,
-            formation(state.pixels.detach()).unsqueeze(0),
-            formation.labels(labels).unsqueeze(0),
+            images.unsqueeze(0),
+            labels.unsqueeze(0),
             [generator],
             epochs=epochs,
             lr=self.lr_network,
@@ -179,15 +229,30 @@ class DC:
             mode=self.mode,
         )
 
+    @torch.no_grad()
     def finish(self, state: State) -> SyntheticSet:
-        return pixel_set(state.pixels, state.train, state.ipc, self.formation)
+        pixels = state.pixels
+        if self.space == "unit":
+            pixels = state.train.transform.forward(pixels.clamp(0, 1))
+        return pixel_set(pixels, state.train, state.ipc, self.formation)
 
 
-_SMALL = DC(real_batch=64, network="convnet-d3-w32", outer=60)
-# "paper" is the published setting, for every data set and IPC; the others are what two cores do in seconds.
-PRESETS = {
-    "digits": replace(_SMALL, network="convnet-d2-w32", outer=120),
-    "photos16": replace(_SMALL, real_batch=32, outer=4, inner=5, epochs=5, init="real"),
-    "photos32": replace(_SMALL, real_batch=32, outer=4, inner=5, epochs=5, init="real"),
-    "paper": DC(),
-}
+_PAPER = DC()
+_DIGITS = DC(real_batch=64, network="convnet-d2-w32", outer=120)
+_PHOTOS = DC(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5, init="real")
+_COMMANDS = "section 3.1 and the published commands"
+RECIPES = Recipes(
+    small("digits", _DIGITS),
+    small("photos16 photos32", _PHOTOS),
+    published("mnist", (1, 10, 20, 30, 40, 50), _PAPER, "dc-mnist", _COMMANDS),
+    published("fashionmnist svhn cifar10", (1, 10, 20, 30, 40, 50), _PAPER, "dc", _COMMANDS),
+    published("cifar100", (1, 10), _PAPER, "dc", _COMMANDS),
+    published(
+        "mnist",
+        1,
+        replace(_PAPER, network="mlp", lr=0.01),
+        "dc-mnist",
+        "Table 2: a lower rate for an MLP",
+        variant="mlp",
+    ),
+)

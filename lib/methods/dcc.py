@@ -4,9 +4,9 @@ $$\min_{\mathcal S}\ \mathbb E_{\theta_0}\sum_t D\Big(\textstyle\sum_c\nabla_\th
 \sum_c\nabla_\theta\ell(\mathcal T_c;\theta_t)\Big)$$
 
 DC matches every class by itself, so what all classes have in common (their background) is matched C times over; in the sum it
-cancels, and what tells classes apart remains. DCC is DC with the distance and the sum exchanged, real initial images, and a
-warm-up by DC's own loss: class-wise for the first networks (``warm_outer``) in the first steps of each (``warm_inner``). With
-augmentation (``augmentation="data"``) the method is called DSAC.
+cancels, and what tells classes apart remains. DCC is DC with the distance and the sum exchanged (``Contrastive``), real initial
+images, and a warm-up by DC's own loss: class-wise for the first networks (``warm_outer``) in the first steps of each
+(``warm_inner``). With augmentation (``augmentation="data"``) the method is called DSAC.
 
 Paper and code: the paper sums the class gradients, the code takes their mean, as we do; D does not see the scale (but for the
 1e-6 in its denominator). The code's warm-up records D of the mean gradients while it lowers the class-wise sum; here ``loss``
@@ -15,17 +15,18 @@ is what is lowered. In the contrastive phase there is one distance for all class
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lib.match.contrastive import contrastive_step
+from lib.data.imageset import ImageSet
+from lib.match.contrastive import Contrastive
+from lib.match.gradient import Gap, RowCosine
 from lib.methods import dc
 from lib.methods.dc import DC
-from lib.nets.ensemble import Ensemble
-from lib.system.errors import CompanionError
+from lib.recipes import Recipes, published, small
+from lib.system.errors import CompanionError, whole
 
 LOOPS = {1: (10, 5)}  # IPC -> (T, epochs) where they are not DC's
 
@@ -42,20 +43,25 @@ class DCC(DC):
     """Hyper-parameters of DC, with the published changes."""
 
     init: str = "real"
-    warm_outer: int = 250  # networks k < warm_outer are matched class by class ...
+    distance: Gap = Contrastive(RowCosine())
+    warm: Gap = RowCosine()  # the distance of the warm-up
+    warm_outer: int = 250  # networks k < warm_outer are matched by it ...
     warm_inner: int = 10  # ... in their steps t < warm_inner
-    rows: int | None = (
-        None  # synthetic images per second-order pass; None: all (memory; the result is the same)
-    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole(self, warm_outer=0, warm_inner=0)
+        if self.warm.names != self.distance.names:
+            raise CompanionError(
+                f"the warm-up has the terms {', '.join(self.warm.names)}, the distance {', '.join(self.distance.names)}: "
+                "they must be the same"
+            )
 
     def loops(self, ipc: int) -> tuple[int, int]:
         inner, epochs = LOOPS.get(ipc, super().loops(ipc))
         return self.inner or inner, self.epochs or epochs
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
-        for name, least in (("warm_outer", 0), ("warm_inner", 0), ("rows", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise CompanionError(f"{name} {value} is not allowed: at least {least}")
+    def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
         return State(**vars(super().begin(train, ipc, generator)))
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
@@ -63,39 +69,32 @@ class DCC(DC):
         state.done += 1
         return metrics
 
-    def match(self, state: State, generator: torch.Generator) -> Tensor:
-        """DC's update with the contrastive distance; in the warm-up it is DC's altogether."""
-        return DC.match(self if self.contrastive(state) else self.classwise, state, generator)
+    def compared(self, state: State) -> Gap:
+        """The contrastive distance, or that of the warm-up."""
+        return self.distance if self.contrastive(state) else self.warm
 
     def contrastive(self, state: State) -> bool:
         r"""$k\ge W_{out}$ or $t\ge W_{in}$."""
         inner, _ = self.loops(state.ipc)
         return state.done // inner >= self.warm_outer or state.t >= self.warm_inner
 
-    @property
-    def classwise(self) -> DC:
-        """DC with the same fields."""
-        return DC(**{field.name: getattr(self, field.name) for field in dataclasses.fields(DC)})
 
-    def gap(
-        self, networks: Ensemble, real: Tensor, syn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        r"""$D(\bar g^{\mathcal S},\bar g^{\mathcal T})$, shared out equally to ``(C,)``, and its gradient."""
-        labels = torch.arange(len(real), device=real.device)
-        tensors = networks.parameters | networks.buffers
-        loss, gradient = contrastive_step(
-            networks.template, tensors, real, syn, labels, self.distance, self.mixed, self.rows
-        )
-        return loss.expand(len(real)) / len(real), gradient
-
-
+_PAPER = DCC()
+# a quarter of the steps is warm-up, as published
+_DIGITS = DCC(outer=4, real_batch=32, network="convnet-d2-w32", warm_outer=1)
 _PHOTOS = DCC(outer=2, inner=4, epochs=5, real_batch=32, network="convnet-d3-w32", warm_outer=1, warm_inner=2)
-# "paper" is the published setting for every data set and IPC; "data" as augmentation makes it DSAC. The small ones spend a
-# quarter of their steps on the warm-up, as published.
-PRESETS = {
-    "digits": DCC(outer=4, real_batch=32, network="convnet-d2-w32", warm_outer=1),
-    "photos16": _PHOTOS,
-    "photos32": _PHOTOS,
-    "paper": DCC(),
-}
-DSAC = {name: replace(preset, augmentation="data") for name, preset in PRESETS.items()}
+_COMMANDS = "section 5 and the published commands"
+
+
+def _dsac(method: DCC) -> DCC:
+    return replace(method, augmentation="data")
+
+
+RECIPES = Recipes(
+    small("digits", _DIGITS),
+    small("photos16 photos32", _PHOTOS),
+    published("svhn cifar10 cifar100", (1, 10, 50), _PAPER, "dc", _COMMANDS),
+    small("digits", _dsac(_DIGITS), variant="DSAC"),
+    small("photos16 photos32", _dsac(_PHOTOS), variant="DSAC"),
+    published("svhn cifar10 cifar100", (1, 10, 50), _dsac(_PAPER), "dsa", _COMMANDS, variant="DSAC"),
+)

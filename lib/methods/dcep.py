@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib.data.imageset import ImageSet
 from lib.formation import CYCLES, ChannelMix, MultiFormation, decode_by_class
 from lib.methods import idc
 from lib.methods.idc import IDC
+from lib.recipes import Recipe, Recipes, published, small
 from lib.synset import SyntheticSet
 
 FORMATIONS = {
@@ -48,9 +50,9 @@ class DCEP(IDC):
     formation: Any = FORMATIONS["pack"]
     lr_maps: float = 1e-3
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
+    def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
         state, maps = super().begin(train, ipc, generator), None
-        if getattr(self.formation, "learned", False):
+        if self.formation.learned:
             maps = state.pixels.new_tensor(self.formation.maps).requires_grad_()
             state.optimiser.add_param_group({"params": [maps], "lr": self.lr_maps, "momentum": self.momentum})
         return State(**vars(state), maps=maps)
@@ -66,7 +68,20 @@ class DCEP(IDC):
         return synset
 
 
-# IDC's settings; the paper's are not known.
-PRESETS = {name: DCEP(**vars(method) | {"formation": FORMATIONS["pack"]})
-           for name, method in idc.PRESETS.items() if name in ("photos16", "photos32", "paper")}  # fmt: skip
-PRESETS["digits"] = DCEP(**vars(idc.PRESETS["digits"]) | {"formation": FORMATIONS["tiles"]})  # grey: IDC
+def _rows(formation: str, variant: str = "") -> list[list[Recipe]]:
+    """IDC's settings; the paper's are not known."""
+
+    def of(data: str, ipc: int | None = None) -> DCEP:
+        return DCEP(**vars(idc.RECIPES.named(data, ipc).method) | {"formation": FORMATIONS[formation]})
+
+    return [
+        *(small(data, of(data), variant=variant) for data in ("photos16", "photos32")),
+        published("cifar10 cifar100", (1, 10, 50), of("cifar10", 10), "idc", "IDC's settings: a reconstruction", variant=variant),
+    ]  # fmt: skip
+
+
+RECIPES = Recipes(
+    small("digits", DCEP(**vars(idc.RECIPES.named("digits").method) | {"formation": FORMATIONS["tiles"]})),  # grey: IDC
+    *_rows("pack"),
+    *(group for name in FORMATIONS if name != "pack" for group in _rows(name, name)),
+)  # fmt: skip

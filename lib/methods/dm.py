@@ -87,6 +87,10 @@ class DM:
     def total_steps(self, ipc: int) -> int:
         return self.iterations
 
+    def with_steps(self, count: int, ipc: int = 1) -> DM:
+        """The same method with ``count`` updates of the images."""
+        return replace(self, iterations=count)
+
     def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
         pixels = initial_codes(self.formation, train, ipc, self.init, generator)
         if self.space == "unit":

@@ -9,9 +9,9 @@ random batch is a noisy target: images near the boundary have large gradients, t
 cluster is an even one. DREAM is IDC with that sampler (``lib.select.sampler.Representative``, which every method takes) and with
 representatives as initial images; with ``sampler=RandomBatches(), init="mix"`` it *is* IDC. :class:`DreamDC` is the same on DC.
 
-DREAM+ (Bidirectional Representative Matching, arXiv 2310.15052) has a field for each part that its code shows: ``feature`` adds
-the distance of mean embeddings, ``early=1`` trains every network for an epoch first, ``Representative(per_cluster=s)`` takes s
-images of each of n / s clusters.
+DREAM+ (Bidirectional Representative Matching, arXiv 2310.15052) has a value for each part that its code shows: the distance of mean
+embeddings is another summand (``FeatureMean``), ``early=1`` trains every network for an epoch first, ``Representative(per_cluster=s)``
+takes s images of each of n / s clusters.
 
 Paper and code: the code embeds pixels in [0, 1] in networks that see normalised ones; here both are normalised. Its first
 network is the one that chose the initial images; here that one is discarded, so that IDC and DREAM of one seed see the same
@@ -26,26 +26,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.match.features import class_mean
+from lib.data.imageset import ImageSet
+from lib.match.gradient import FeatureMean
 from lib.methods import dc, idc
 from lib.methods.dc import DC
 from lib.methods.idc import IDC
-from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict_embeddings
+from lib.recipes import Recipes, published, small
 from lib.select.sampler import Representative
-from lib.system.errors import CompanionError
 
 
 class RepresentativeStart:
     """A method of the family of DC whose ``init="k-means"`` starts from representatives instead of random real images."""
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> dc.State:
+    def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> dc.State:
         if self.init != "k-means":
             return super().begin(train, ipc, generator)
         state = replace(self, init="mix").begin(train, ipc, generator)  # the same random numbers as without
-        codes = self.stored(state, self.representatives(state, generator.initial_seed()))
+        codes = self.representatives(state, generator.initial_seed())
         with torch.no_grad():
-            state.pixels.copy_(codes)
+            state.pixels.copy_(train.transform.inverse(codes) if self.space == "unit" else codes)
         return state
 
     def representatives(self, state: dc.State, seed: int) -> Tensor:
@@ -69,10 +69,6 @@ class RepresentativeStart:
     def prepare(self, state: dc.State, seed: int) -> None:
         """What happens to the first network before it chooses."""
 
-    def stored(self, state: dc.State, codes: Tensor) -> Tensor:
-        """Normalised codes in the space in which the method keeps them."""
-        return codes
-
 
 @dataclass(frozen=True)
 class DreamDC(RepresentativeStart, DC):
@@ -84,68 +80,62 @@ class DreamDC(RepresentativeStart, DC):
 
 @dataclass(frozen=True)
 class DREAM(RepresentativeStart, IDC):
-    """Hyper-parameters of the published settings: those of IDC, but for the batch."""
+    """Hyper-parameters of the published settings: those of IDC, but for the batches."""
 
     real_batch: int = 128  # images of a class, one per cluster
+    network_batch: int = 128  # the published loader has the batch of the matching
     init: str = "k-means"  # or IDC's
     sampler: Any = Representative(every=10)
-    feature: float = 0.0  # DREAM+: weight of the squared distance of mean embeddings
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.feature >= 0:
-            raise CompanionError(f"feature {self.feature!r} is not allowed: a weight is at least 0")
-
-    def gap(
-        self, networks: Ensemble, real: Tensor, syn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        r"""$d(\cdot,\cdot)$ of the gradients, plus ``feature`` $\lVert\bar\phi(\mathcal T_c)-\bar\phi(\mathcal S_c)\rVert^2$."""
-        losses, gradient = super().gap(networks, real, syn, generator)
-        if self.feature == 0:
-            return losses, gradient
-        fixed = networks.detached()
-
-        def embed(images: Tensor) -> Tensor:
-            return fixed.embed(images.flatten(0, 1).unsqueeze(0))[0].unflatten(0, images.shape[:2])
-
-        pixels = syn.detach().requires_grad_()
-        with torch.no_grad():
-            target = embed(real)
-        extra = self.feature * class_mean(target, embed(pixels))
-        return losses + extra.detach(), gradient + torch.autograd.grad(extra.sum(), pixels)[0]
 
     def prepare(self, state: idc.State, seed: int) -> None:
         if self.early:
             own = torch.Generator(state.train.device).manual_seed(seed)
             self.learn(state, state.train.images, state.train.labels, self.early, own)
 
-    def stored(self, state: idc.State, codes: Tensor) -> Tensor:
-        return state.train.transform.inverse(codes)
 
-
-def _dream(preset: IDC, **changes) -> DREAM:
-    """DREAM with IDC's settings."""
-    own = {"init": "k-means", "sampler": Representative()}
-    return DREAM(**vars(preset) | own | changes)
-
-
-_PAPER = DREAM()
-_TINY = replace(_PAPER, network="convnet-d4-w128", n_data=1000, real_batch=64)
 _OFTEN = Representative(every=5, warm=True)  # small runs have few steps per network
-# The published settings by data set ("plus": DREAM+), and the small ones of IDC with the sampler of DREAM.
-PRESETS = {name: _dream(idc.PRESETS[name], sampler=_OFTEN) for name in ("digits", "photos16", "photos32")} | {
-    "paper": _PAPER,
-    **{
-        name: _dream(idc.PRESETS[name], real_batch=128)
-        for name in ("paper-svhn", "paper-mnist", "paper-fashion")
-    },
-    "paper-tinyimagenet": _TINY,
-    "paper-tinyimagenet-ipc50": replace(_TINY, lr=1e-6),
-    "paper-plus": replace(_PAPER, feature=1.0, early=1),
-}
-DREAM_DC = {
-    name: DreamDC(
-        **vars(preset) | {"init": "k-means", "sampler": Representative() if name == "paper" else _OFTEN}
-    )
-    for name, preset in dc.PRESETS.items()
-}
+_PAPER = DREAM()
+_TINY = replace(_PAPER, network="convnet-d4-w128", n_data=1000, real_batch=64, network_batch=64)
+_CODE = "settings of the published code"
+_MERGED = "the newer published code"
+
+
+def _of_idc(data: str, ipc: int | None = None) -> DREAM:
+    """DREAM with IDC's settings for the same data."""
+    return DREAM(**vars(idc.RECIPES.named(data, ipc).method) | {"init": "k-means", "sampler": _OFTEN})
+
+
+def _published(data: str) -> DREAM:
+    """The same at the published batches."""
+    return replace(_of_idc(data, 10), real_batch=128, network_batch=128, sampler=_PAPER.sampler)
+
+
+def plus(method: DREAM) -> DREAM:
+    """DREAM+."""
+    return replace(method, distance=method.distance + FeatureMean(1.0), early=1)
+
+
+RECIPES = Recipes(
+    *(small(data, _of_idc(data)) for data in ("digits", "photos16", "photos32")),
+    published("cifar10 cifar100", (1, 10, 50), _PAPER, "idc", _CODE),
+    published("svhn", (1, 10, 50), _published("svhn"), "idc", _CODE),
+    published("fashionmnist", (1, 10, 50), _published("fashionmnist"), "idc", _CODE),
+    published("mnist", (1, 10, 50), _published("mnist"), "idc-plain", _CODE),
+    published("tinyimagenet", (1, 10), _TINY, "idc", _MERGED),
+    published("tinyimagenet", 50, replace(_TINY, lr=1e-6), "idc", _MERGED),
+    *(small(data, plus(_of_idc(data)), variant="plus") for data in ("digits", "photos16", "photos32")),
+    published("cifar10 cifar100", (1, 10, 50), plus(_PAPER), "idc", "DREAM+ in the published code", variant="plus"),
+)  # fmt: skip
+
+
+def _on_dc(data: str, ipc: int | None, sampler: Representative) -> DreamDC:
+    return DreamDC(**vars(dc.RECIPES.named(data, ipc).method) | {"init": "k-means", "sampler": sampler})
+
+
+DREAM_DC = Recipes(
+    *(small(data, _on_dc(data, None, _OFTEN)) for data in ("digits", "photos16", "photos32")),
+    published("mnist", (1, 10, 50), _on_dc("mnist", 10, Representative()), "dc-mnist", "DC's settings, DREAM's sampler"),
+    published(
+        "fashionmnist svhn cifar10", (1, 10, 50), _on_dc("cifar10", 10, Representative()), "dc", "DC's settings, DREAM's sampler"
+    ),
+)  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lib.methods import dc
+from lib.recipes import Recipes, published, small
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,17 @@ class DSA(dc.DC):
     augmentation: str = "data"  # the data set's strategy: all six families, without flips for digits
 
 
-PRESETS = {
-    name: DSA(**(vars(preset) | {"init": "real", "augmentation": "data"}))
-    for name, preset in dc.PRESETS.items()
-}
+_PAPER = DSA()
+_DIGITS = DSA(real_batch=64, network="convnet-d2-w32", outer=120)
+_PHOTOS = DSA(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5)
+RECIPES = Recipes(
+    small("digits", _DIGITS),
+    small("photos16 photos32", _PHOTOS),
+    published(
+        "mnist fashionmnist svhn cifar10 cifar100",
+        (1, 10, 50),
+        _PAPER,
+        "dsa",
+        "section 4.1 and the published commands",
+    ),
+)

@@ -19,6 +19,7 @@ networks kept for several rounds and the distance of features are not offered.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,14 +27,14 @@ import torch
 from torch import Tensor
 
 from lib.augment import families
+from lib.data.imageset import ImageSet
 from lib.formation import MultiFormation, Pixels, at_most, bounded, by_class, decode_by_class
-from lib.formation.start import pixel_set
+from lib.match.gradient import Gap, LayerSum
 from lib.methods import dc
 from lib.methods.dsa import DSA
 from lib.nets.training import sgd, sgd_steps
-from lib.optim.sequential import sequential_rates
-from lib.synset import SyntheticSet, class_major
-from lib.system.errors import CompanionError, unknown
+from lib.recipes import Recipe, Recipes, published, small
+from lib.system.errors import CompanionError, unknown, whole
 
 INNER_DATA = ("real", "syn")
 
@@ -56,11 +57,13 @@ class IDC(DSA):
     real_batch: int = 64
     network_batch: int = 64
     init: str = "mix"  # a real image in every tile; "real": whole real images
-    distance: str = "conv-mse"  # or "conv-l1"; "weights-...": with the classifier
+    distance: Gap = LayerSum("mse")  # or LayerSum("l1"); parts="weights": with the classifier
     augmentation: str = "color_crop_cutout"
     mode: str = "idc"
     formation: Any = MultiFormation(2)
-    most: int = 128  # decoded images of a class that are compared, drawn anew at every step
+    most: int | None = 128
+    space: str = "unit"
+    sequential: bool = True
     bound: bool = False  # decode just as many as that: the first ones at the factor, the rest at smaller ones
     inner_data: str = "real"  # what networks learn from; "syn": S, as DSA
     n_data: int = 2000  # real images that a network sees between two steps
@@ -69,9 +72,10 @@ class IDC(DSA):
     augmentation_network: str = "color_crop"
     cutmix: float = 0.5  # probability per batch
     early: int = 0  # epochs of a new network on all real data, before its first step
-    sequential: bool = True  # the joint step that equals one step per class
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole(self, n_data=1, base_side=1, network_batch=1, early=0)
         if self.inner_data not in INNER_DATA:
             raise unknown("inner data", self.inner_data, INNER_DATA)
         if self.bound and not (
@@ -80,29 +84,20 @@ class IDC(DSA):
             raise CompanionError(
                 f"bound with formation {self.formation.name!r}: allowed is a MultiFormation of kind 'single'"
             )
-        for name in ("most", "n_data", "base_side"):
-            if getattr(self, name) < 1:
-                raise CompanionError(f"{name} {getattr(self, name)} is not allowed: at least 1")
+        if self.bound and self.most is None:
+            raise CompanionError("bound without most: how many decoded images a class may have must be given")
 
-    def rate(self, train, ipc: int) -> float:
+    def rate(self, train: ImageSet, ipc: int) -> float:
         """The learning rate of the pixels: gradients of larger means and larger images are smaller."""
         return self.lr * ipc / 10 * (train.size / self.base_side) ** 2
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
+    def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
         start = super().begin(train, ipc, generator)
-        pixels = train.transform.inverse(start.pixels.detach()).requires_grad_()
-        lr, momentum = self.rate(train, ipc), self.momentum
-        if self.sequential:
-            lr, momentum = sequential_rates(lr, momentum, train.num_classes)
-        optimiser = torch.optim.SGD([pixels], lr=lr, momentum=momentum)
-        learner = self.learner(start.networks)
-        return State(pixels, optimiser, start.networks, 0, train, ipc, network_optimiser=learner)
+        return State(**vars(start), network_optimiser=self.learner(start.networks))
 
     def new_network(self, state: State, generator: torch.Generator) -> None:
         super().new_network(state, generator)
         state.network_optimiser = self.learner(state.networks)
-        with torch.no_grad():
-            state.pixels.clamp_(0, 1)
         if self.early:
             self.learn(state, state.train.images, state.train.labels, self.early, generator)
 
@@ -112,19 +107,15 @@ class IDC(DSA):
 
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The decoded images, ``(C, n, c, h, w)``: at most ``most`` of each class."""
-        stored = by_class(state.train.transform.forward(state.pixels), state.train.num_classes)
         if not self.bound:
-            return at_most(self.decode(state, stored), self.most, generator)
+            return super().images(state, generator)
+        stored = by_class(self.normalised(state), state.train.num_classes)
         parts, done = [], 0
         for factor, count in bounded(self.formation.factor, state.ipc, self.most):
             formation = replace(self.formation, factor=factor).on(state.train.transform)
             parts.append(decode_by_class(formation, stored[:, done : done + count]))
             done += count
         return at_most(torch.cat(parts, 1), self.most, generator)
-
-    def decode(self, state: State, stored: Tensor) -> Tensor:
-        """What normalised stored images are trained on as, ``(C, m, c, h, w) -> (C, k m, c, h, w)``."""
-        return decode_by_class(self.formation.on(state.train.transform), stored)
 
     def train_network(self, state: State, epochs: int, generator: torch.Generator) -> None:
         """``n_data`` real images, drawn without replacement, or ``epochs`` times all decoded synthetic ones."""
@@ -133,11 +124,7 @@ class IDC(DSA):
             rows = torch.randperm(len(train), generator=generator, device=train.device)[:wanted]
             images, labels, epochs = train.images[rows], train.labels[rows], 1
         else:
-            with torch.no_grad():
-                stored = state.train.transform.forward(state.pixels)
-                images = self.decode(state, stored.unsqueeze(0))[0]
-            labels = class_major(state.train.num_classes, state.ipc, images.device)
-            labels = self.formation.labels(labels)
+            images, labels = self.decoded_set(state)
         self.learn(state, images, labels, epochs, generator)
 
     def learn(
@@ -159,34 +146,57 @@ class IDC(DSA):
             optimiser=state.network_optimiser,
         )
 
-    def finish(self, state: State) -> SyntheticSet:
-        with torch.no_grad():
-            pixels = state.train.transform.forward(state.pixels.clamp(0, 1))
-        return pixel_set(pixels, state.train, state.ipc, self.formation)
-
 
 _CIFAR = IDC()
-_L1 = replace(_CIFAR, distance="conv-l1", lr=1e-4, n_data=500)
-_IMAGENET = replace(
+_L1 = replace(_CIFAR, distance=LayerSum("l1"), lr=1e-4, n_data=500)
+_SVHN = replace(_CIFAR, n_data=500)
+_MNIST = replace(_L1, base_side=28)
+_TEN = replace(
     _L1, lr=3e-3, outer=500, base_side=224, network="resnet18ap", formation=MultiFormation(3, pad=True),
     early=10, cutmix=1.0,
 )  # fmt: skip
+_HUNDRED = replace(
+    _TEN, lr=1e-3, lr_network=0.1, decay_network=1e-4, real_batch=128, network_batch=128, early=5
+)
 _SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, outer=3, n_data=128)
+_DIGITS = replace(_SMALL, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0)
 _PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, lr=0.01)
-# The published settings by data set, and small ones whose rates were chosen for their size.
-PRESETS = {
-    "digits": replace(_SMALL, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0),
-    "photos16": replace(_PHOTOS, base_side=16),
-    "photos32": _PHOTOS,
-    "paper": _CIFAR,
-    "paper-svhn": replace(_CIFAR, n_data=500),
-    "paper-mnist": replace(_L1, base_side=28, augmentation="color_crop", cutmix=0.0),
-    "paper-fashion": _L1,
-    "paper-imagenet10": _IMAGENET,  # there ResNetAP-10
-    "paper-imagenet10-ipc20": replace(_IMAGENET, bound=True),
-    "paper-imagenet100": replace(
-        _IMAGENET, lr=1e-3, lr_network=0.1, decay_network=1e-4, real_batch=128, early=5
-    ),
-}
-# IDC-I: the same without multi-formation
-IDC_I = {name: replace(method, formation=Pixels(), bound=False) for name, method in PRESETS.items()}
+_REPRODUCE = "official settings (reproduce)"
+_AP = "official settings (reproduce), there with ResNetAP-10"
+
+
+def without(method: IDC) -> IDC:
+    """IDC-I: the same without multi-formation."""
+    return replace(method, formation=Pixels(), bound=False)
+
+
+def rows(of: Callable[[IDC], Any], variant: str = "") -> list[list[Recipe]]:
+    """The small rows, whose rates were chosen for their size, and those that hold with and without multi-formation."""
+    return [
+        small("digits", of(_DIGITS), variant=variant),
+        small("photos16", of(replace(_PHOTOS, base_side=16)), variant=variant),
+        small("photos32", of(_PHOTOS), variant=variant),
+        published("cifar10 cifar100", (1, 10, 20, 50), of(_CIFAR), "idc", _REPRODUCE, variant=variant),
+        published("fashionmnist", (1, 10, 50), of(_L1), "idc", _REPRODUCE, variant=variant),
+        published("svhn", (10, 50), of(_SVHN), "idc", _REPRODUCE, variant=variant),
+    ]
+
+
+RECIPES = Recipes(
+    *rows(lambda method: method),
+    published("svhn", 1, _SVHN, "idc", _REPRODUCE),
+    published("mnist", (1, 10, 50), replace(_MNIST, augmentation="color_crop", cutmix=0.0), "idc-plain", _REPRODUCE),
+    # 90 and 180 decoded images of a class; "bound" from 20 stored ones on
+    published("imageidc", 10, _TEN, "idc-imagenet-1000", _AP),
+    published("imageidc", 20, replace(_TEN, bound=True), "idc-imagenet-1000", _AP),
+    published("imagenet100", 10, _HUNDRED, "idc-imagenet-667", _AP),
+    published("imagenet100", 20, replace(_HUNDRED, bound=True), "idc-imagenet-667", _AP),
+    # IDC-I; what is particular to MNIST above holds for factors above 1 only
+    *rows(without, "I"),
+    published("svhn", 1, without(_SVHN), "idc-cutout", _REPRODUCE, variant="I"),
+    published("mnist", (1, 10, 50), without(_MNIST), "idc", _REPRODUCE, variant="I"),
+    published("imageidc", 10, without(_TEN), "idc-imagenet-2000", _AP, variant="I"),
+    published("imageidc", 20, without(_TEN), "idc-imagenet-1500", _AP, variant="I"),
+    published("imagenet100", 10, without(_HUNDRED), "idc-imagenet-1333", _AP, variant="I"),
+    published("imagenet100", 20, without(_HUNDRED), "idc-imagenet-1000", _AP, variant="I"),
+)  # fmt: skip

@@ -22,18 +22,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lib.match import curvature
+from lib.match.curvature import CurvatureGap
+from lib.match.gradient import Gap, RowCosine
 from lib.methods import dsa
 from lib.methods.coreset import SMALL_PROXIES, Choice, ProxySelection
-from lib.nets.ensemble import Ensemble
+from lib.recipes import Recipes, published, small
 from lib.select.pair_cost import curvature_coordinates, pair_cost
 from lib.select.proxy import Proxy, Trained
 from lib.select.similarity import flipped
 from lib.select.submodular import FacilityLocation, cluster_sizes
-from lib.system.errors import CompanionError, choose
+from lib.system.errors import CompanionError
 
 
 @dataclass(frozen=True)
@@ -60,57 +60,12 @@ class LCMatS(ProxySelection):
         return order, cluster_sizes(similarity, order) if self.weighted else None
 
 
-CURVATURES = {
-    "gradvar": curvature.gradient_variance,
-    "diag": curvature.diagonal,
-    "eig": curvature.top_eigenvalue,
-}
-
-
 @dataclass(frozen=True)
 class LCMatC(dsa.DSA):
-    """DSA with a curvature term (our reconstruction); with ``rho = 0`` it *is* DSA."""
+    """DSA with a curvature term (our reconstruction); at radius 0 it *is* DSA. With one image per class the default form, the
+    variance of gradients, is constant: take ``CurvatureGap(rho, "diag")``."""
 
-    rho: float = 0.1  # radius of the ball; values are ours
-    curvature: str = "gradvar"  # "diag" or "eig"; with one image per class gradvar has no gradient
-    power_steps: int = 10  # of "eig"
-
-    def begin(self, train, ipc: int, generator: torch.Generator) -> dsa.dc.State:
-        choose("curvature", self.curvature, CURVATURES)
-        if not self.rho >= 0:
-            raise CompanionError(f"rho {self.rho!r} is not allowed: a radius is at least 0")
-        return super().begin(train, ipc, generator)
-
-    def gap(
-        self, networks: Ensemble, real: Tensor, syn: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        r"""$\ell_c=d(\nabla L_{T_c},\nabla L_{S_c})+\tfrac\rho2\,\mathcal C(T_c,S_c)$ and its gradient."""
-        losses, gradient = super().gap(networks, real, syn, generator)
-        if self.rho == 0:
-            return losses, gradient
-        pixels = syn.detach().requires_grad_()
-        with torch.no_grad():
-            target = outputs(networks, real)
-        extra = self.rho / 2 * self.curvature_gap(target, outputs(networks, pixels), generator)
-        return losses + extra.detach(), gradient + torch.autograd.grad(extra.sum(), pixels)[0]
-
-    def curvature_gap(
-        self, real: curvature.Outputs, syn: curvature.Outputs, generator: torch.Generator
-    ) -> Tensor:
-        r"""$\mathcal C(T_c,S_c)$, ``(C,)``."""
-        if self.curvature != "eig":
-            return CURVATURES[self.curvature](real, syn)
-        shape = (len(syn.labels), syn.logits.shape[2], syn.inputs.shape[2])
-        start = torch.randn(shape, generator=generator, device=generator.device).to(syn.inputs)
-        return curvature.top_eigenvalue(real, syn, start, self.power_steps)
-
-
-def outputs(networks: Ensemble, images: Tensor) -> curvature.Outputs:
-    """What the last layer of one network sees and says of ``(C, n, c, h, w)`` images, class c in row c."""
-    weight, bias = (networks.parameters[f"classifier.{kind}"][0].detach() for kind in ("weight", "bias"))
-    h = networks.detached().embed(images.flatten(0, 1).unsqueeze(0))[0].unflatten(0, images.shape[:2])
-    labels = torch.arange(len(images), device=images.device)
-    return curvature.Outputs(F.pad(h, (1, 0), value=1.0), F.linear(h, weight, bias), labels)
+    distance: Gap = RowCosine() + CurvatureGap()
 
 
 LCMAT_S = {name: LCMatS(proxy=proxy) for name, proxy in SMALL_PROXIES.items()} | {
@@ -120,10 +75,18 @@ LCMAT_S = {name: LCMatS(proxy=proxy) for name, proxy in SMALL_PROXIES.items()} |
         proxy=Proxy(epochs=40, batch=256), eps=0.05
     ),  # the code's, which its scripts override
 }
-# rho is ours. One image per class has no gradient variance: the diagonal form, with a weight that makes both terms alike.
-_RHO = {
-    "digits": {"curvature": "diag", "rho": 10.0, "outer": 40},
-    "photos16": {"curvature": "diag", "rho": 1.0},
-    "photos32": {"curvature": "diag", "rho": 1.0},
-}
-LCMAT_C = {name: LCMatC(**vars(preset) | _RHO.get(name, {})) for name, preset in dsa.PRESETS.items()}
+
+
+def _lcmat_c(method: dsa.DSA, rho: float = 0.1, kind: str = "gradvar", **changes) -> LCMatC:
+    return LCMatC(**vars(method) | {"distance": RowCosine() + CurvatureGap(rho, kind)} | changes)
+
+
+# rho is ours. One image per class has no gradient variance: the diagonal form, in the small rows with a weight that makes both
+# terms alike.
+_OURS = "DSA's settings, rho and the form of the curvature ours: a reconstruction"
+LCMAT_C = Recipes(
+    small("digits", _lcmat_c(dsa.RECIPES.named("digits").method, 10.0, "diag", outer=40)),
+    small("photos16 photos32", _lcmat_c(dsa.RECIPES.named("photos16").method, 1.0, "diag")),
+    published("cifar10 cifar100", 1, _lcmat_c(dsa.DSA(), kind="diag"), "dsa", _OURS),
+    published("cifar10 cifar100", (10, 50), _lcmat_c(dsa.DSA()), "dsa", _OURS),
+)

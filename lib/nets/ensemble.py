@@ -48,6 +48,14 @@ class Ensemble:
             {key: tensor for key, tensor in stacked.items() if key not in names},
         )
 
+    @classmethod
+    def of(cls, network: nn.Module) -> Ensemble:
+        """One given network, whose weights are shared, as an ensemble of one."""
+        parameters = {name: tensor.detach().unsqueeze(0) for name, tensor in network.named_parameters()}
+        return cls(
+            network, parameters, {name: tensor.unsqueeze(0) for name, tensor in network.named_buffers()}
+        )
+
     def train(self, mode: bool = True) -> Ensemble:
         """Train or eval mode (batch norm, dropout)."""
         self.template.train(mode)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,89 @@ def siamese(images: Tensor, omega: augment.Draw | None) -> Tensor:
     if omega is None:
         return images
     return torch.cat([augment.apply(image[None], omega) for image in images])
+
+
+def gradient(
+    theta: torch.nn.Module, weights: list[Tensor], x: Tensor, c: int, graph: bool = False
+) -> tuple[Tensor, ...]:
+    r"""$\nabla_\theta\,\ell(x;\theta)$ of the mean cross-entropy of images of class c, with respect to these weights."""
+    loss = F.cross_entropy(theta(x), torch.full((len(x),), c, device=x.device))
+    return torch.autograd.grad(loss, weights, create_graph=graph, materialize_grads=True)
+
+
+def row_cosine(A: tuple[Tensor, ...], B: tuple[Tensor, ...]) -> Tensor:
+    """DC's distance of two gradients: one minus cosine, summed over rows (output channels) and layers, without vectors."""
+    rows = [(a.flatten(1), b.flatten(1)) for a, b in zip(A, B, strict=True) if a.dim() > 1]
+    return sum((1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum() for a, b in rows)
+
+
+def tiles(x: Tensor) -> Tensor:
+    """IDC's formation: the four tiles of every image, row by row, each enlarged, ``(m, c, h, w) -> (4 m, c, h, w)``."""
+    h, w = x.shape[-2] // 2, x.shape[-1] // 2
+    parts = [x[..., i : i + h, j : j + w] for i in (0, h) for j in (0, w)]
+    return torch.cat([F.interpolate(part, scale_factor=2, mode="bilinear") for part in parts])
+
+
+def tiled(x: Tensor, ipc: int) -> Tensor:
+    """Every second pixel of ``(C, 4 ipc, c, h, w)`` images in the four tiles of ``(C, ipc, c, h, w)``, row by row."""
+    part = x[..., ::2, ::2].unflatten(1, (2, 2, ipc))
+    return torch.cat([torch.cat([part[:, i, j] for j in (0, 1)], -1) for i in (0, 1)], -2)
+
+
+DRAWN = 32  # the fast version draws the random numbers of so many epochs at a time
+
+
+def batches(
+    m: int,
+    size: int,
+    epochs: int,
+    g: torch.Generator,
+    names: tuple[str, ...] = (),
+    mode: str = "single",
+    mixed: bool = False,
+) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor], tuple[Tensor, Tensor]]]:
+    r"""All mini-batches of some epochs over m images: rows, the batch's $\mathcal A$ (own parameters for every image), and for
+    CutMix the partners and four uniform numbers."""
+    count, options = -(-m // size), len(augment.alternatives(names, mode))
+    for epoch in range(epochs):
+        if epoch % DRAWN == 0:  # for all of them
+            order = torch.arange(m).expand(DRAWN, m)
+            if count > 1:
+                order = torch.rand(DRAWN, m, generator=g).argsort(1)
+            choice = (torch.rand(DRAWN, count, generator=g) * options).long() if options else None
+            u = torch.rand(DRAWN, m, 1 if mode == "single" else len(names), 3, generator=g) if names else None
+            if mixed:
+                mixing, partners = torch.rand(DRAWN, count, 4, generator=g), torch.rand(DRAWN, m, generator=g)
+        for b in range(count):
+            at, span = epoch % DRAWN, slice(b * size, (b + 1) * size)
+            rows = order[at, span]
+            omega = None
+            if names:
+                family = choice[at, b].expand(len(rows)) if options else None
+                omega = augment.Draw(names, family, u[at, span], mode)
+            mix = (partners[at, span].argsort(0), mixing[at, b]) if mixed else None
+            yield rows, lambda x, omega=omega: x if omega is None else augment.apply(x, omega), mix
+
+
+def learn(
+    theta: torch.nn.Module, learner: torch.optim.Optimizer, x: Tensor, y: Tensor, p, train, g: torch.Generator
+) -> None:
+    """IDC's epoch of a network on real images: every image with an augmentation of its own, and CutMix."""
+    names = augment.families(p.augmentation_network, train)
+    for rows, A, mix in batches(len(x), p.network_batch, 1, g, names, p.mode, bool(p.cutmix)):
+        images, labels, r, partner = A(x[rows]), y[rows], 1.0, None
+        if mix is not None and mix[1][0] < p.cutmix:
+            partner = mix[0]
+            images, r = (value[0] for value in augment.cutmix(images[None], partner[None], mix[1][None, 1:4]))
+        logits = theta(images)
+        loss = r * F.cross_entropy(logits, labels)
+        if partner is not None:
+            loss = loss + (1 - r) * F.cross_entropy(logits, labels[partner])
+        weights = list(theta.parameters())
+        steps = torch.autograd.grad(loss, weights, materialize_grads=True)
+        for weight, step in zip(weights, steps, strict=True):
+            weight.grad = step
+        learner.step()
 
 
 def mosaic(images: Tensor, mode: str) -> Tensor:

@@ -28,8 +28,9 @@ from arrays import Arrays, t
 
 from lib import augment
 from lib.match import features
-from lib.match.gradient import DISTANCES, matching_step
+from lib.match.gradient import Cosine, RowCosine, SquaredError
 from lib.nets.convnet import ConvNet
+from lib.nets.ensemble import Ensemble
 from lib.select.greedy import herding, k_center
 
 
@@ -71,18 +72,18 @@ def dc_gradient_distance(a: Arrays) -> Arrays:
     count = int(a["n_tensors"])
     real = [t(a[f"real_{i:02d}"]).unsqueeze(0) for i in range(count)]
     syn = [t(a[f"syn_{i:02d}"]).unsqueeze(0).requires_grad_() for i in range(count)]
-    ours, mse, cos = (DISTANCES[name](syn, real).sum() for name in ("ours", "mse", "cos"))
+    ours, mse, cos = (gap.between(syn, real).sum() for gap in (RowCosine(), SquaredError(), Cosine()))
 
     def gradient(value: Tensor) -> list[Tensor]:
         return [g[0] for g in torch.autograd.grad(value, syn, materialize_grads=True)]
 
     single = [
-        DISTANCES["ours"]([syn[i].detach()], [real[i]]).sum()
+        RowCosine().between([syn[i].detach()], [real[i]]).sum()
         if syn[i].dim() > 2
         else torch.zeros(()).double()
         for i in range(count)
     ]
-    low = DISTANCES["ours"]([s.detach().float() for s in syn], [r.float() for r in real]).sum().double()
+    low = RowCosine().between([s.detach().float() for s in syn], [r.float() for r in real]).sum().double()
     out = {"per_tensor_ours": torch.stack(single), "dist_ours": ours, "dist_mse": mse, "dist_cos": cos}
     out |= {f"dours_dsyn_{i:02d}": g for i, g in enumerate(gradient(ours))}
     out |= {f"dmse_dsyn_{i:02d}": g for i, g in enumerate(gradient(mse))}
@@ -94,8 +95,8 @@ def dc_matching_step(a: Arrays) -> Arrays:
     real = t(a["x_real"])  # (C, B, c, h, w)
     net = convnet_of(a, real.shape[-1], published_padding(real.shape[2]))
     syn = t(a["x_syn"]).unflatten(0, (len(real), -1))
-    tensors = {name: parameter.detach().unsqueeze(0) for name, parameter in net.named_parameters()}
-    losses, gradient = matching_step(net, tensors, real, syn, torch.arange(len(real)))
+    terms, gradient = RowCosine().match(Ensemble.of(net), real, syn)
+    losses = terms["gradients"]
     return {"loss_per_class": losses, "loss": losses.sum(), "dloss_dxsyn": gradient.flatten(0, 1)}
 
 

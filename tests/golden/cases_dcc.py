@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from arrays import Arrays, t
 
-from lib.match.contrastive import contrastive_step
+from lib.match.contrastive import Contrastive
 from lib.nets.convnet import ConvNet
+from lib.nets.ensemble import Ensemble
 
 
 def dcc_matching_step(a: Arrays) -> Arrays:
@@ -17,11 +19,10 @@ def dcc_matching_step(a: Arrays) -> Arrays:
     net = ConvNet(
         channels, len(real), real.shape[-1], width=width, depth=depth, first_padding=padding
     ).double()
-    names = [name for name, _ in net.named_parameters()]
-    tensors = {name: t(a["w_" + name.replace(".", "_")]).double().unsqueeze(0) for name in names}
-    labels = t(a["y_syn"]).long().unflatten(0, syn.shape[:2])[:, 0]
-    loss, gradient = contrastive_step(net, tensors, real, syn, labels)
-    return {"loss": loss, "dloss_dxsyn": gradient.flatten(0, 1)}
+    net.load_state_dict({name: t(a["w_" + name.replace(".", "_")]).double() for name in net.state_dict()})
+    assert torch.equal(t(a["y_syn"]).long(), torch.arange(len(real)).repeat_interleave(syn.shape[1]))
+    terms, gradient = Contrastive().match(Ensemble.of(net), real, syn)
+    return {"loss": terms["gradients"].sum(), "dloss_dxsyn": gradient.flatten(0, 1)}
 
 
 CASES = (dcc_matching_step,)

@@ -9,8 +9,9 @@ from arrays import Arrays, t
 from torch import Tensor
 
 from lib.formation import MultiFormation
-from lib.match.gradient import DISTANCES, matching_step
+from lib.match.gradient import METRICS, LayerSum
 from lib.nets.convnet import ConvNet
+from lib.nets.ensemble import Ensemble
 
 
 def idc_multiformation(a: Arrays) -> Arrays:
@@ -35,17 +36,16 @@ def idc_matching_loss(a: Arrays) -> Arrays:
     real = [t(a[f"real_{i}"]).unsqueeze(0) for i in numbers]
     syn = [t(a[f"syn_{i}"]).unsqueeze(0).requires_grad_() for i in numbers]
     out = {}
-    for metric in ("mse", "l1", "l1_mean", "cos"):
-        loss = DISTANCES[f"conv-{metric}"](syn, real).sum()
+    for metric in METRICS:
+        loss = LayerSum(metric).between(syn, real).sum()
         out |= {f"loss_{metric}": loss, f"grad0_{metric}": torch.autograd.grad(loss, syn[0])[0][0]}
-        out[f"loss_allparams_{metric}"] = DISTANCES[f"all-{metric}"](syn, real).sum()
+        out[f"loss_allparams_{metric}"] = LayerSum(metric, "all").between(syn, real).sum()
     net = _network(a)
-    tensors = {name: parameter.detach().unsqueeze(0) for name, parameter in net.named_parameters()}
-    images, label = (t(a[f"e2e_x{side}"]).unsqueeze(0) for side in ("real", "syn")), t(a["e2e_label"]).view(1)
-    inputs = (net, tensors, *images, label)
+    label = int(a["e2e_label"])  # the same images for the classes before it: classes do not touch each other
+    real, syn = (t(a[f"e2e_x{side}"]).expand(label + 1, *[-1] * 4) for side in ("real", "syn"))
     for metric in ("mse", "l1"):
-        losses, gradient = matching_step(*inputs, distance=f"conv-{metric}")
-        out |= {f"e2e_loss_{metric}": losses[0], f"e2e_grad_{metric}": gradient[0]}
+        terms, gradient = LayerSum(metric).match(Ensemble.of(net), real, syn)
+        out |= {f"e2e_loss_{metric}": terms["gradients"][label], f"e2e_grad_{metric}": gradient[label]}
     return out
 
 
