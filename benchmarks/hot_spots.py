@@ -1,4 +1,5 @@
-"""The library's hot spots at a given size, each beside the plain loop of ``benchmarks.reference``."""
+"""The library's hot spots at a given size: methods beside their plain versions (``lib.plain``), the rest beside the plain loops of
+``benchmarks.reference``."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from torch import Tensor
 
 from benchmarks import reference
 from benchmarks.harness import REFERENCE, HotSpot, difference
-from lib import augment, nets
+from lib import augment
 from lib.augment import augment_by_class
 from lib.data.imageset import NATURAL, ImageSet
 from lib.data.whitening import Standardise
 from lib.evaluate import networks as fresh
 from lib.evaluate.protocol import Protocol
 from lib.formation import by_class
-from lib.methods.dc import DC
+from lib.methods import method as class_of
 from lib.methods.dm import DM
-from lib.methods.dsa import DSA
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import _Chance, predict
+from lib.plain import plain
 from lib.synset import SyntheticSet, class_major
 
 NETWORKS = 5
@@ -100,87 +101,70 @@ def _pixels(state) -> tuple[Tensor, torch.optim.Optimizer]:
     )
 
 
+STEPS = 2  # of a distillation in one timed call
+
+
+def distillation(setting: Setting, title: str, name: str, methods: dict) -> HotSpot:
+    """All steps of a method beside its plain version (``lib.plain``), which draws the same random numbers: networks are made,
+    real images drawn and augmented, stored images updated.
+
+    Args:
+        methods: candidate -> settings; the plain version reads those of the first.
+    """
+    train, slow = setting.images(max(setting.real, 4 * setting.ipc), 0), plain(name)
+    first = next(iter(methods.values()))
+
+    def fast(method) -> tuple[Tensor, Tensor]:
+        g = setting.generator(1)
+        state = method.begin(train, setting.ipc, g)
+        losses = [method.step(state, g)["loss"] for _ in range(method.total_steps(setting.ipc))]
+        return method.finish(state).codes, torch.stack(losses)
+
+    def reference_run() -> tuple[Tensor, list[float]]:
+        return slow(first, train, setting.ipc, setting.generator(1))
+
+    def check() -> dict[str, float]:
+        start = first.finish(first.begin(train, setting.ipc, setting.generator(1))).codes
+        images, losses = reference_run()
+        worst = {}
+        for candidate, method in methods.items():
+            codes, found = fast(method)
+            wanted = torch.tensor(losses, device=found.device)
+            worst[candidate] = max(difference(found, wanted), difference(codes - start, images - start))
+        return worst
+
+    calls = {candidate: lambda method=method: fast(method) for candidate, method in methods.items()}
+    units = first.total_steps(setting.ipc)
+    return HotSpot(title, "step", units, {REFERENCE: reference_run} | calls, check, _tolerances(methods))
+
+
+def candidates(setting: Setting, method, grouped: str = "all classes at once") -> dict:
+    """The method as it is, and with its real side in bfloat16 where that is timed too."""
+    found = {grouped: method}
+    if setting.mixed:
+        found["real side in bfloat16"] = replace(method, mixed=True)
+    return found
+
+
 def dm(setting: Setting) -> HotSpot:
-    """One DM iteration: new network, real batch, siamese augmentation, update of the pixels."""
-    train = setting.images(max(setting.real, setting.ipc), 0)
-    common = {"real_batch": setting.real, "network": setting.network}
-    methods = {"all classes at once": DM(**common)}
-    if setting.mixed:
-        methods["real side in bfloat16"] = DM(**common, mixed=True)
-    names, counter, real_of = (
-        augment.strategy(train.augmentation),
-        itertools.count(),
-        _real_of(train, setting.real),
+    """DM iterations: new network, real batch, siamese augmentation, update of the pixels."""
+    method = DM(real_batch=setting.real, network=setting.network, iterations=STEPS)
+    return distillation(setting, "DM step", "dm", candidates(setting, method))
+
+
+def grouped(setting: Setting) -> str:
+    """How a matching step goes about the classes at this size."""
+    small = setting.side < 32 or setting.device.type == "cuda"
+    return "all classes in one graph" if small else "class by class"
+
+
+def matching(setting: Setting, name: str) -> HotSpot:
+    """Matching steps of DC or DSA with their updates of the pixels, each in a new network that is not trained."""
+    common = {"real_batch": setting.real, "network": setting.network, "outer": STEPS, "inner": 1}
+    method = class_of(name)(**common)
+    return distillation(
+        setting, f"{name.upper()} matching step", name, candidates(setting, method, grouped(setting))
     )
-
-    def begin(method: DM):
-        return method.begin(train, setting.ipc, setting.generator(1))
-
-    pixels, optimiser = _pixels(begin(DM(**common)))
-
-    def plain() -> Tensor:
-        aug = _seeded(names, counter)
-        return reference.dm_step(setting.plain_network(), pixels, optimiser, setting.classes, real_of, aug)
-
-    def check() -> dict[str, float]:
-        g = setting.generator(2)  # the library's order of draws: weights, images, augmentation
-        state = begin(DM(**common))
-        weights = nets.initialise(state.network, g).state_dict()
-        real = train.sample(setting.real, g)
-        omega = augment.draw(names, setting.classes, g)
-        own, own_optimiser = _pixels(state)
-        network = setting.plain_network(weights)
-        loss = reference.dm_step(
-            network, own, own_optimiser, setting.classes, real.__getitem__, _given(names, omega)
-        )
-        return {
-            name: _compare(method.step, begin(method), setting, loss, own) for name, method in methods.items()
-        }
-
-    states = {name: begin(method) for name, method in methods.items()}
-    g = setting.generator(3)
-    candidates = {name: lambda m=m, s=states[name]: m.step(s, g) for name, m in methods.items()}
-    return HotSpot("DM step", "step", 1, {REFERENCE: plain} | candidates, check, _tolerances(methods))
-
-
-def matching(setting: Setting, augmented: bool) -> HotSpot:
-    """One matching step of DC or DSA with its update of the pixels, at a fixed network."""
-    train, kind = setting.images(max(setting.real, setting.ipc), 0), DSA if augmented else DC
-    common = {"real_batch": setting.real, "network": setting.network, "init": "real"}
-    methods = {"all classes in one graph" if setting.side < 32 or setting.device.type == "cuda"
-               else "class by class": kind(**common)}  # fmt: skip
-    if setting.mixed:
-        methods["real side in bfloat16"] = kind(**common, mixed=True)
-    names = augment.strategy(train.augmentation) if augmented else ()
-    counter, real_of = itertools.count(), _real_of(train, setting.real)
-
-    def begin(method: DC):
-        return method.begin(train, setting.ipc, setting.generator(1))
-
-    states = {name: begin(method) for name, method in methods.items()}
-    network = next(iter(states.values())).networks.network(0)
-    network = setting.plain_network(network.state_dict())
-    pixels, optimiser = _pixels(next(iter(states.values())))
-
-    def plain() -> Tensor:
-        aug = _seeded(names, counter) if names else (lambda c, x: x)
-        return reference.matching_step(network, pixels, optimiser, setting.classes, real_of, aug)
-
-    def check() -> dict[str, float]:
-        g = setting.generator(2)  # the library's order of draws: images, augmentation
-        real = train.sample(setting.real, g)
-        aug = _given(names, augment.draw(names, setting.classes, g)) if names else (lambda c, x: x)
-        own, own_optimiser = _pixels(begin(kind(**common)))
-        loss = reference.matching_step(network, own, own_optimiser, setting.classes, real.__getitem__, aug)
-        return {
-            name: _compare(method.match, begin(method), setting, loss, own)
-            for name, method in methods.items()
-        }
-
-    g = setting.generator(3)
-    candidates = {name: lambda m=m, s=states[name]: m.match(s, g) for name, m in methods.items()}
-    title = "DSA matching step" if augmented else "DC matching step"
-    return HotSpot(title, "step", 1, {REFERENCE: plain} | candidates, check, _tolerances(methods))
 
 
 def _compare(step, state, setting: Setting, loss: Tensor, pixels: Tensor) -> float:
@@ -328,8 +312,8 @@ def siamese(setting: Setting) -> HotSpot:
 
 HOT_SPOTS = {
     "dm": dm,
-    "dc": lambda setting: matching(setting, augmented=False),
-    "dsa": lambda setting: matching(setting, augmented=True),
+    "dc": lambda setting: matching(setting, "dc"),
+    "dsa": lambda setting: matching(setting, "dsa"),
     "evaluation": evaluation,
     "siamese": siamese,
     "test": test_pass,

@@ -1,7 +1,8 @@
 """The straightforward way: one class, one network, one image at a time, with framework modules and loaders.
 
-This is the structure of the published programs of DC, DSA and DM, restated from their papers, and what the library's fast
-paths are timed and checked against. Randomness comes in through arguments, so that a check can hand both sides the same.
+This is the structure of the published programs of DC, DSA and DM around their algorithms (which ``lib.plain`` has): networks,
+augmentation, training and testing, restated from their papers. The library's fast paths are timed and checked against it.
+Randomness comes in through arguments, so that a check can hand both sides the same.
 """
 
 from __future__ import annotations
@@ -126,66 +127,6 @@ def per_image(names: tuple[str, ...], x: Tensor) -> Tensor:
     """A family for the batch, a triple for every image."""
     family = names[int(torch.randint(len(names), (1,)))]
     return FAMILIES[family](x, torch.rand(len(x), 3, device=x.device))
-
-
-# -- distillation steps -------------------------------------------------------------------------------------------------
-
-
-def dm_step(
-    network: nn.Module,
-    pixels: Tensor,
-    optimiser,
-    classes: int,
-    real: Callable[[int], Tensor],
-    augment: Augment,
-) -> Tensor:
-    """One DM update of ``pixels`` (class-major), class after class, one backward pass for the sum."""
-    network.train()
-    for parameter in network.parameters():
-        parameter.requires_grad = False
-    loss = torch.zeros((), device=pixels.device)
-    for c in range(classes):
-        target = network.embed(augment(c, real(c))).detach()
-        syn = pixels.view(classes, -1, *pixels.shape[1:])[c]
-        embedded = network.embed(augment(c, syn))
-        loss = loss + ((target.mean(0) - embedded.mean(0)) ** 2).sum()
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    return loss.detach()
-
-
-def matching_step(
-    network: nn.Module,
-    pixels: Tensor,
-    optimiser,
-    classes: int,
-    real: Callable[[int], Tensor],
-    augment: Augment,
-) -> Tensor:
-    """One DC/DSA update of ``pixels``: parameter gradients class after class, one backward pass for the sum."""
-    network.train()
-    parameters = list(network.parameters())
-    loss = torch.zeros((), device=pixels.device)
-    for c in range(classes):
-        images = augment(c, real(c))
-        labels = torch.full((len(images),), c, device=pixels.device)
-        target = torch.autograd.grad(F.cross_entropy(network(images), labels), parameters)
-        syn = augment(c, pixels.view(classes, -1, *pixels.shape[1:])[c])
-        labels = torch.full((len(syn),), c, device=pixels.device)
-        current = torch.autograd.grad(F.cross_entropy(network(syn), labels), parameters, create_graph=True)
-        loss = loss + sum(_distance(a, b.detach()) for a, b in zip(current, target, strict=True))
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    return loss.detach()
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor | float:
-    if a.dim() == 1:
-        return 0.0
-    a, b = a.flatten(1), b.flatten(1)
-    return (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-6)).sum()
 
 
 # -- evaluation ---------------------------------------------------------------------------------------------------------

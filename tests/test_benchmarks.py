@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -53,6 +54,10 @@ def test_the_check_notices_another_augmentation(monkeypatch):
     from benchmarks import reference
 
     monkeypatch.setattr(reference, "FAMILIES", dict.fromkeys(reference.FAMILIES, lambda x, u: 1.01 * x))
+    for name in ("dm", "dsa"):
+        monkeypatch.setattr(
+            importlib.import_module(f"lib.plain.{name}"), "siamese", lambda x, omega: 1.01 * x
+        )
     for name in ("dm", "dsa", "siamese", "evaluation"):
         with pytest.raises(CompanionError, match="differs from the reference"):
             assert_equal(HOT_SPOTS[name](TINY))
