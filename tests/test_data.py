@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import lib.data
 from lib.data import ZCA, PerImageZCA, Standardise, embedded, from_saved
 from lib.data.imageset import DIGITS, NATURAL, ImageSet, class_table, draw
-from lib.data.whitening import second_moment, zca_matrix
+from lib.data.whitening import StandardisedZCA, second_moment, zca_matrix
 from lib.system.device import resolve_device
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT
@@ -357,16 +357,16 @@ def test_rank_control_leaves_empty_directions_alone():
     torch.testing.assert_close(controlled.forward(x), plain.forward(x))
 
 
-@pytest.mark.parametrize("whiten", ["zca", "zca-kip"])
+@pytest.mark.parametrize("whiten", ["zca", "zca-kip", "zca-rfad"])
 def test_load_whitened(whiten, digits):
     white = lib.data.load("digits", whiten=whiten)
     pixels = digits.train.transform.inverse(digits.train.images)
-    expected = {"zca": ZCA, "zca-kip": PerImageZCA}[whiten].fit(pixels)
+    expected = {"zca": ZCA, "zca-kip": PerImageZCA, "zca-rfad": StandardisedZCA}[whiten].fit(pixels)
     # the test half uses the training statistics
     test = digits.test.transform.inverse(digits.test.images)
     torch.testing.assert_close(white.test.images, expected.forward(test), rtol=0, atol=1e-3)
     assert white.train.fingerprint != digits.train.fingerprint
-    if whiten == "zca":
+    if whiten != "zca-kip":
         torch.testing.assert_close(white.test.transform.inverse(white.test.images), test, rtol=0, atol=1e-4)
 
 
@@ -376,7 +376,7 @@ def test_zca_of_large_images_is_refused():
     one_line(error, "3x65x65", "12288", "size=")
 
 
-@pytest.mark.parametrize("cls", [Standardise, ZCA, PerImageZCA])
+@pytest.mark.parametrize("cls", [Standardise, ZCA, PerImageZCA, StandardisedZCA])
 def test_transforms_survive_saving(cls, tmp_path):
     import safetensors.torch
 

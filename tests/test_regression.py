@@ -8,18 +8,22 @@ import pytest
 import torch
 from helpers import generator
 
+from lib import augment
 from lib.evaluate.networks import network_seed
 from lib.evaluate.regression import (
     SMALL,
     TUNED,
+    FeatureRegression,
     Regression,
     evaluate_regression,
     gaussian,
+    own,
     regression,
     regression_targets,
     train_regression,
 )
 from lib.nets.ensemble import Ensemble
+from lib.nets.widening import FeatureNet
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError
 
@@ -63,6 +67,49 @@ def test_training_equals_a_plain_loop_over_networks(toy, centred, optimiser):
         torch.testing.assert_close(last[k], loss.detach(), rtol=1e-3, atol=1e-5)
         for name, p in network.named_parameters():
             torch.testing.assert_close(networks.parameters[name][k], p.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_frepos_training_equals_a_plain_loop(toy):
+    """Adam, a minibatch of the set, every family of transforms, squared error, and the running mean of the weights."""
+    settings = FeatureRegression(
+        width=4, depth=2, steps=6, lr=0.01, batch=4, augmentation="crop_flip", ema=0.7
+    )
+    synset = toy_set(toy, soft=True)
+    made = settings.trained(synset.images, synset.labels, toy.train, generator(3))
+    g, plain = generator(3), FeatureNet(toy.train, 4, 2, norm=False)
+    plain.reset(g)
+    adam, mean = (
+        torch.optim.Adam(plain.parameters(), lr=0.01),
+        [p.detach().clone() for p in plain.parameters()],
+    )
+    for _ in range(6):
+        rows = torch.randperm(6, generator=g)[:4]
+        x = augment.apply(synset.images[rows], augment.draw(("crop", "flip"), 4, g, mode="multiple"))
+        adam.zero_grad()
+        (0.5 * (plain(x) - synset.labels[rows]).square().sum(1).mean()).backward()
+        adam.step()
+        mean = [0.7 * m + 0.3 * p.detach() for m, p in zip(mean, plain.parameters(), strict=True)]
+    for ours, theirs in zip(made.parameters(), mean, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    found = evaluate_regression(synset, toy, settings, seed=4, networks=2)
+    assert found.accuracy.shape == (1, 2) and found.protocol.network == "widening-d2-w4-none"
+
+
+def test_the_evaluation_that_a_recipe_names():
+    assert own("own-rfad", "cifar10", 10) == regression("cifar10", 10)
+    assert own("own-frepo", "cifar100", 50).steps == 5000 and own("own-frepo", "tinyimagenet", 1).depth == 4
+    assert (
+        "flip" not in own("own-frepo", "mnist", 1).augmentation
+        and own("own-frepo", "cifar10", 1).ema == 0.995
+    )
+    with pytest.raises(
+        CompanionError, match="unknown regression protocol 'dc'; allowed: own-frepo, own-rfad"
+    ):
+        own("dc", "cifar10", 1)
+    with pytest.raises(
+        CompanionError, match="no finite-network settings of RFAD for cifar100 IPC 50; allowed"
+    ):
+        regression("cifar100", 50)
 
 
 def test_accuracy_is_that_of_the_change_of_the_function(toy):

@@ -28,7 +28,7 @@ from lib.scale.__main__ import main, numbers
 from lib.scale.plan import Form, Plan, Run, _opened, keep, open_run, real
 from lib.scale.runner import run_stages, run_unit
 from lib.scale.squeeze import train_shared
-from lib.scale.stages import the_set
+from lib.scale.stages import shown, the_set
 from lib.scale.store import damage, discard_damaged, done, header, read, save
 from lib.scale.units import STAGES, check, method, needs, recipe, unit, units
 from lib.system.errors import CompanionError
@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = {
     "data": "digits",
     "ipc": 2,
-    "preset": "digits",
     "options": {"iterations": 6, "block_images": 4, "mode": "alternating"},  # without the import of POT
     "teacher": {"network": "convnet-d2-w8-batch", "epochs": 1},
     "labels": "store",
@@ -100,7 +99,7 @@ def imagenet(ipc: int, **changes) -> Run:
     """A plan for ImageNet-1K without the images."""
     names = tuple(f"n{c:08d}" for c in range(1000))
     form = Form("imagenet", names, (1281,) * 1000, 3, 224, {})
-    return Run(Path("nowhere"), Plan("imagenet", ipc, preset="paper-imagenet", **changes), form)
+    return Run(Path("nowhere"), Plan("imagenet", ipc, **changes), form)
 
 
 @pytest.mark.parametrize(("ipc", "blocks"), [(10, 100), (50, 500)])
@@ -162,6 +161,38 @@ def test_training_is_that_of_the_notebooks(tmp_path):
     assert read(run, unit(run, "train", 0))[0]["accuracy"].item() == found.accuracy.item()
     (row,) = csv.DictReader((run.folder / "table.csv").open())
     assert float(row["accuracy"]) == pytest.approx(found.accuracy.item(), abs=1e-6) and row["seed"] == "5"
+
+
+def test_weights_of_barycenters_reach_the_training(finished):
+    """The toy plan's atoms are those of k-means: unequal masses, one weight per image, the same as from the one loop."""
+    weights = the_set(finished).weights
+    assert weights.shape == (20,) and torch.equal(weights, shown(finished, "cpu").weights)
+    assert torch.allclose(weights.view(10, 2).sum(1), torch.ones(10)) and not torch.allclose(
+        weights, weights[:1]
+    )
+    result = distill(method(finished), real(finished.plan, "train", "cpu"), 2, finished.plan.seed)
+    assert torch.equal(weights, result.synset.weights)
+
+
+def test_relabelling_is_that_of_the_data(tmp_path):
+    """CIFAR-100: no crop, MixUp at temperature 30; ImageNet: CutMix and crops, torchvision's stem."""
+    form = Form("cifar100", tuple(map(str, range(100))), (500,) * 100, 3, 32, {})
+    cifar = recipe(Run(Path("nowhere"), Plan("cifar100", 10), form))
+    assert (cifar.crop, cifar.mix, cifar.temperature, cifar.epochs, cifar.batch) == (
+        None,
+        "mixup",
+        30,
+        400,
+        128,
+    )
+    large = recipe(imagenet(10))
+    assert (large.crop, large.mix, large.batch, large.network) == (
+        0.08,
+        "cutmix",
+        100,
+        "torchvision-resnet18",
+    )
+    assert recipe(imagenet(10, method="sre2l")).batch == 1024
 
 
 def test_sre2l_needs_no_class_statistics(tmp_path):
@@ -300,7 +331,9 @@ def test_a_mistake_on_the_command_line_is_one_line(finished, words, text):
     ("changes", "text"),
     [
         ({"method": "dm"}, "unknown method that recovers images in blocks"),
-        ({"preset": "papr"}, "unknown preset 'papr'"),
+        ({"variant": "cdaa"}, "unknown variant 'cdaa'"),
+        ({"recipe": "cifar1"}, "no recipe for cifar1 IPC 2; there are recipes for digits"),
+        ({"method": "sre2l", "variant": "cda"}, "no recipe for digits IPC 2 (cda)"),
         ({"options": {"lamda": 1}}, "unknown field of WMDD 'lamda'"),
         ({"teacher": {"networks": 1}}, "unknown field of Teacher 'networks'"),
         ({"teacher": {"network": "convnet-d2-w8"}}, "has no BatchNorm layer"),
@@ -421,7 +454,7 @@ def test_a_folder_of_images_and_a_pretrained_network_end_to_end(photographs, tmp
     network = make_teacher("torchvision-resnet18", train)
     weights = save_teacher(network, tmp_path / "resnet18.safetensors", "torchvision-resnet18", train.classes)
     changes = {
-        "preset": "paper",
+        "recipe": "imagenette",
         "options": {"iterations": 2, "block_images": 6, "storage": "jpeg"},
         "size": 64,
     }
@@ -449,7 +482,14 @@ def test_teacher_of_other_classes_is_refused(photographs, tmp_path):
     network = make_teacher("resnet18-w2-batch", train)
     weights = save_teacher(network, tmp_path / "t.safetensors", "resnet18-w2-batch", train.classes[::-1])
     teacher = {"network": "resnet18-w2-batch", "weights": str(weights)}
-    run = plan(tmp_path / "run", data=f"folder:{photographs}", size=64, teacher=teacher, options={})
+    run = plan(
+        tmp_path / "run",
+        data=f"folder:{photographs}",
+        size=64,
+        recipe="imagenette",
+        teacher=teacher,
+        options={},
+    )
     refuse(lambda: run_unit(run, unit(run, "squeeze", 0), "cpu"), "class 0 is 'n02979186' there, 'n01440764'")
 
 

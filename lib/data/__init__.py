@@ -71,7 +71,7 @@ def load(
         root: where data sets lie; default ``$COMPANION_DATA``, else ``data`` in the project.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         size: side in pixels to scale to; default: as stored (Tiny-ImageNet 64, named subsets 128, ImageNet 224).
-        whiten: ``zca`` or ``zca-kip`` instead of the channel normalisation, fitted on the training images and applied
+        whiten: ``zca``, ``zca-kip`` or ``zca-rfad`` instead of the channel normalisation, fitted on the training images and applied
             to both halves (:mod:`lib.data.whitening`).
         download: fetch missing files of the torchvision sets, checksum verified; default: only if
             ``$COMPANION_DOWNLOAD`` is 1.

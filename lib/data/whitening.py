@@ -1,11 +1,11 @@
-"""Invertible preprocessing: channel standardisation and two kinds of ZCA whitening.
+"""Invertible preprocessing: channel standardisation and three kinds of ZCA whitening.
 
 Every transform maps images in [0, 1] of shape (..., c, h, w) to the space in which networks are trained
 (``forward``) and back (``inverse``), and can be written beside a synthetic set: ``tensors()`` holds its numbers,
 ``config()`` its name and hyper-parameters, :func:`from_saved` rebuilds it.
 
 ZCA multiplies flattened images by a symmetric matrix W = U (Lambda + eps I)^(-1/2) U^T, where Sigma = U Lambda U^T
-is the second moment of the training images. Test images use the training statistics. The two kinds differ in what
+is the second moment of the training images. Test images use the training statistics. The kinds differ in what
 Sigma is taken of and in how eps is scaled, so sets made in one space must not be read in the other.
 """
 
@@ -166,8 +166,45 @@ class PerImageZCA(Transform):
         return (x.flatten(-3) @ self.inverse_matrix * norm + mean).view(x.shape)
 
 
-KINDS = {cls.kind: cls for cls in (Standardise, ZCA, PerImageZCA)}
-WHITENINGS = {cls.kind: cls for cls in (ZCA, PerImageZCA)}
+@dataclass(frozen=True, eq=False)
+class StandardisedZCA(Transform):
+    """ZCA as in RFAD (CIFAR): channels are standardised first, then z = u W with Sigma = U^T U / N and eps = 0.1 tr(Sigma) / d.
+
+    ``mean`` and ``std`` have shape (c,), ``matrix`` (d, d). No mean of the vectors is taken away, and directions that fewer images
+    than pixels leave empty are scaled like the others.
+    """
+
+    kind: ClassVar[str] = "zca-rfad"
+    mean: Tensor
+    std: Tensor
+    matrix: Tensor
+    eps: float = 0.1
+
+    @classmethod
+    def fit(cls, images: Tensor, eps: float = 0.1) -> StandardisedZCA:
+        """Fit on training images (N, c, h, w) in [0, 1]; 64-bit sums and eigenvectors."""
+        first = Standardise.fit(images)
+        flat = _flatten_checked(images)
+        chunks = (first.forward(chunk).flatten(1).double() for chunk in images.split(CHUNK))
+        moment = second_moment(chunks, len(flat))
+        matrix = zca_matrix(moment, eps * float(moment.trace()) / len(moment))
+        return cls(first.mean, first.std, matrix.to(images.dtype), eps)
+
+    @functools.cached_property
+    def inverse_matrix(self) -> Tensor:
+        return torch.linalg.inv(self.matrix.double()).to(self.matrix.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = Standardise(self.mean, self.std).forward(x)
+        return (unit.flatten(-3) @ self.matrix).view(x.shape)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        unit = (x.flatten(-3) @ self.inverse_matrix).view(x.shape)
+        return Standardise(self.mean, self.std).inverse(unit)
+
+
+KINDS = {cls.kind: cls for cls in (Standardise, ZCA, PerImageZCA, StandardisedZCA)}
+WHITENINGS = {cls.kind: cls for cls in (ZCA, PerImageZCA, StandardisedZCA)}
 
 
 def from_saved(saved: str | dict, tensors: dict[str, Tensor]) -> Transform:

@@ -30,6 +30,7 @@ from lib.augment import views
 from lib.evaluate.networks import Evaluation, accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import cosine_schedule, predict, update
+from lib.recover.teacher import TORCHVISION, initialise, make_teacher
 from lib.synset import SyntheticSet, read_safetensors
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
@@ -80,7 +81,8 @@ class FKD:
     source: str = "SRe2L, WMDD: FKD with CutMix"
 
     def __post_init__(self):
-        nets.parse(self.network)
+        if not self.network.startswith(TORCHVISION):
+            nets.parse(self.network)
         views.check_mix(self.mix)
         if self.order not in ORDERS:
             raise unknown("order", self.order, ORDERS)
@@ -319,6 +321,21 @@ def train_by_distillation(
     return loss.detach()
 
 
+def fresh_networks(name: str, like, generators: Sequence[torch.Generator]) -> Ensemble:
+    """One untrained network per generator, of ``lib.nets`` or torchvision's (``torchvision-resnet18``)."""
+    if not name.startswith(TORCHVISION):
+        return Ensemble.make(name, like, generators)
+    made = [initialise(make_teacher(name, like), name, generator) for generator in generators]
+    parameters, buffers = (
+        [dict(part) for part in parts]
+        for parts in ((one.named_parameters() for one in made), (one.named_buffers() for one in made))
+    )
+    learned = {
+        key: torch.stack([one[key].detach() for one in parameters]).requires_grad_() for key in parameters[0]
+    }
+    return Ensemble(made[0], learned, {key: torch.stack([one[key] for one in buffers]) for key in buffers[0]})
+
+
 def _optimiser(networks: Ensemble, protocol: FKD) -> torch.optim.AdamW:
     """AdamW that lets only the matrices and kernels decay."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -368,7 +385,7 @@ def evaluate_by_distillation(
             for i, (synset, folder) in enumerate(zip(sets, folders, strict=True)):
                 seeds = [network_seed(seed, i, j) for j in range(count)]
                 generators = [torch.Generator(data.test.device).manual_seed(one) for one in seeds]
-                fresh = Ensemble.make(protocol.network, data.test, generators)
+                fresh = fresh_networks(protocol.network, data.test, generators)
                 source = teacher if folder is None else LabelStore(folder, synset, protocol)
                 train_by_distillation(fresh, synset.to(data.test.device), source, protocol)
                 rows.append(accuracy(predict(fresh, data.test.images), data.test))
@@ -393,22 +410,27 @@ def _key(sets, data, protocol: FKD, teacher: nn.Module, seed: int, count: int) -
 
 
 _SMALL = FKD(network="convnet-d2-w32", epochs=40, batch=50, lr=5e-3, crop=None, flip=False, networks=1)
-_PHOTOS = replace(_SMALL, network="convnet-d3-w32", epochs=60, flip=True)
+_NETTE = FKD(network="torchvision-resnet18")
+_SRE2L = replace(_NETTE, batch=1024, source="SRe2L, CDA: FKD with CutMix")
 _CIFAR = FKD(epochs=400, batch=128, temperature=30.0, crop=None, flip=False, mix="mixup", mix_alpha=0.8)
-PRESETS = {
-    "digits": _SMALL,  # no crop below 64 pixels; few epochs at five times the rate
-    "photos16": _PHOTOS,
-    "photos32": _PHOTOS,
-    "cifar10": _CIFAR,  # SRe2L on CIFAR-100
-    "cifar100": _CIFAR,
-    "paper": FKD(),  # WMDD
-    "paper-sre2l": FKD(batch=1024),  # SRe2L on ImageNet-1K
-    "paper-sre2l-mixup": FKD(batch=1024, mix="mixup", mix_alpha=0.8),
+# name, as recipes say it -> protocol
+PROTOCOLS = {
+    name: replace(one, name=name)
+    for name, one in {
+        "own-fkd-digits": _SMALL,  # no crop below 64 pixels; few epochs at five times the rate
+        "own-fkd-photos": replace(_SMALL, network="convnet-d3-w32", epochs=60, flip=True),
+        "own-fkd": _NETTE,  # WMDD on ImageNette and ImageNet-1K
+        "own-fkd-tiny": replace(_NETTE, network="torchvision-resnet18-tiny"),  # WMDD's stem at 64 pixels
+        "own-fkd-1024": _SRE2L,  # SRe2L on ImageNet-1K
+        "own-fkd-1024-mixup": replace(_SRE2L, mix="mixup", mix_alpha=0.8),
+        "own-fkd-1024-tiny": replace(
+            _SRE2L, network="resnet18-batch"
+        ),  # SRe2L's stem at 64 pixels; the batch is assumed
+        "own-fkd-cifar": _CIFAR,  # SRe2L on CIFAR-100
+    }.items()
 }
 
 
-def small(dataset: str) -> FKD:
-    """The protocol at the scale of an embedded data set."""
-    return choose(
-        "embedded data set", dataset, {name: PRESETS[name] for name in ("digits", "photos16", "photos32")}
-    )
+def distillation(name: str, **changes) -> FKD:
+    """A protocol by its name in a recipe, with single fields replaced."""
+    return replace(choose("relabelling protocol", name, PROTOCOLS), **changes)

@@ -27,6 +27,7 @@ from lib.formation.start import initial_pixels
 from lib.kernels import ridge
 from lib.nets.widening import FeatureNet
 from lib.optim.lamb import Lamb
+from lib.recipes import Recipes, published, small
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError
 
@@ -174,13 +175,18 @@ class FRePo:
 _SMALL = FRePo(
     iterations=240, networks=4, online_updates=20, lr=3e-2, lr_network=3e-3, real_batch=256, width=32
 )
-# Published settings: 500 000 steps for every data set and IPC.
-PRESETS = {
-    "digits": replace(_SMALL, flip=False),
-    "photos16": replace(_SMALL, lr=3e-3, iterations=80, real_batch=128),
-    "photos32": replace(_SMALL, lr=3e-3, iterations=80, real_batch=128),
-    "paper": FRePo(),
-    "paper-grey": FRePo(flip=False),  # MNIST, FashionMNIST; CIFAR-100 from IPC 10
-    "paper-tinyimagenet": FRePo(depth=4),
-    "paper-tinyimagenet-ipc10": FRePo(depth=4, flip=False),
-}
+_PHOTOS = replace(_SMALL, lr=3e-3, iterations=80, real_batch=128)
+_COMMANDS = "published commands"
+_NO_FLIP, _DEEP = FRePo(flip=False), FRePo(depth=4)
+RECIPES = Recipes(
+    small("digits fashion14", replace(_SMALL, flip=False), "own-rfad"),
+    small("photos16 photos32", _PHOTOS, "own-rfad"),
+    published("mnist fashionmnist", (1, 10, 50), _NO_FLIP, "own-frepo", _COMMANDS),
+    published("cifar10", (1, 10, 50), FRePo(), "own-frepo", _COMMANDS, whiten="zca"),
+    published("cifar100", 1, FRePo(), "own-frepo", _COMMANDS, whiten="zca"),
+    published("cifar100", (10, 50), _NO_FLIP, "own-frepo", f"{_COMMANDS}: no flips from IPC 10 on", whiten="zca"),
+    published("tinyimagenet", 1, _DEEP, "own-frepo", _COMMANDS, whiten="zca"),
+    published("tinyimagenet", 10, replace(_DEEP, flip=False), "own-frepo", f"{_COMMANDS}: no flips", whiten="zca"),
+    published("imagenet", (1, 2), replace(_DEEP, flip=False), "own-frepo",
+              f"{_COMMANDS}: 64 pixels, no flips; theirs are whitened in blocks", whiten="zca"),
+)  # fmt: skip

@@ -30,6 +30,7 @@ from lib import augment
 from lib.augment import families
 from lib.formation.start import INITIAL, initial_pixels
 from lib.kernels import conv, fc, ridge
+from lib.recipes import Recipes, published, small
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError, unknown
 
@@ -205,16 +206,23 @@ class ConvKIP(KIP):
         return of
 
 
-_SMALL = KIP(iterations=300, target_batch=500)
-# The published settings: the notebook of the first paper; the second gives no learning rate and no batch size.
-PRESETS = {
-    "digits": _SMALL,
-    "photos16": replace(_SMALL, iterations=200, precision="mixed"),
-    "photos32": replace(_SMALL, iterations=200, precision="mixed"),
-    "paper": KIP(),
-    "paper-labels": KIP(learn_labels=True),
-    "paper-label-solve": KIP(iterations=0, labels="solve-published"),
-}
+_SMALL, _SOLVED = KIP(iterations=300, target_batch=500), {"iterations": 0, "labels": "solve-published"}
+_SMALL_PHOTOS = replace(_SMALL, iterations=200, precision="mixed")
+_NOTEBOOK = "published notebook (FC1, Adam 0.04, 5000 targets)"
+_ASSUMED = f"accuracies of arXiv 2011.00050; settings of its {_NOTEBOOK}"
+RECIPES = Recipes(
+    small("digits fashion14", _SMALL, "own-kernel"),
+    small("photos16 photos32", _SMALL_PHOTOS, "own-kernel"),
+    small("digits fashion14", replace(_SMALL, learn_labels=True), "own-kernel", variant="labels"),
+    small("photos16 photos32", replace(_SMALL_PHOTOS, learn_labels=True), "own-kernel", variant="labels"),
+    small("digits fashion14", replace(_SMALL, **_SOLVED), "own-kernel", variant="label-solve"),
+    small("photos16 photos32", replace(_SMALL_PHOTOS, **_SOLVED), "own-kernel", variant="label-solve"),
+    published("cifar10", 10, KIP(), "own-kernel", _NOTEBOOK),
+    published("cifar10", (1, 50), KIP(), "own-kernel", _ASSUMED),
+    published("mnist", (1, 10, 50), KIP(), "own-kernel", _ASSUMED),
+    published("cifar10", 10, KIP(learn_labels=True), "own-kernel", _NOTEBOOK, variant="labels"),
+    published("cifar10", 50, KIP(**_SOLVED), "own-kernel", f"{_NOTEBOOK}: 500 images", variant="label-solve"),
+)
 _CONV_SMALL = ConvKIP(
     iterations=40,
     lr=0.1,
@@ -224,12 +232,31 @@ _CONV_SMALL = ConvKIP(
     precision="mixed",
     learn_labels=False,
 )
-CONV_PRESETS = {
-    "digits": _CONV_SMALL,
-    "photos16": replace(_CONV_SMALL, nets=("convvec3",), iterations=60, target_batch=100),
-    "photos32": replace(_CONV_SMALL, nets=("convvec3",), iterations=60, target_batch=100),
-    "paper": ConvKIP(),
-    "paper-convnet3": ConvKIP(nets=("convnet3",), learn_labels=False, augmentation="none"),
-    "paper-sampled": ConvKIP(nets=("convnet3", "convvec3", "convvec8")),
-    "paper-label-solve": ConvKIP(iterations=0, labels="solve", learn_labels=False, augmentation="none"),
-}
+_CONV_PHOTOS = replace(_CONV_SMALL, nets=("convvec3",), iterations=60, target_batch=100)
+_FIXED = ConvKIP(nets=("convnet3",), learn_labels=False, augmentation="none")
+_CONV_SOLVED = {"iterations": 0, "labels": "solve", "learn_labels": False, "augmentation": "none"}
+_TABLE_1 = "arXiv 2107.13034, Table 1; rate and targets per step are not stated: the first paper's"
+
+
+def _colour_and_grey(method: ConvKIP, source: str, variant: str = "") -> list:
+    """Every row of Table 1: grey images standardised, coloured ones whitened one by one."""
+    return [
+        *published("mnist fashionmnist", (1, 10, 50), method, "own-kernel", source, variant=variant),
+        *published(
+            "svhn cifar10", (1, 10, 50), method, "own-kernel", source, variant=variant, whiten="zca-kip"
+        ),
+        *published("cifar100", (1, 10), method, "own-kernel", source, variant=variant, whiten="zca-kip"),
+    ]
+
+
+CONV_RECIPES = Recipes(
+    small("digits fashion14", _CONV_SMALL, "own-kernel"),
+    small("photos16 photos32", _CONV_PHOTOS, "own-kernel"),
+    small("digits", replace(_CONV_SMALL, **_CONV_SOLVED), "own-kernel", variant="label-solve"),
+    small("photos16 photos32", replace(_CONV_PHOTOS, **_CONV_SOLVED), "own-kernel", variant="label-solve"),
+    _colour_and_grey(ConvKIP(), f"{_TABLE_1}; augmented targets, learned labels"),
+    _colour_and_grey(ConvKIP(**_CONV_SOLVED), f"{_TABLE_1}; LS", "label-solve"),
+    _colour_and_grey(ConvKIP(nets=("convnet3", "convvec3", "convvec8")), "kernels sampled at every step", "sampled"),
+    published("cifar10", 50, _FIXED, "own-kernel", "released set: ConvNet3, neither whitening, labels nor augmentation",
+              variant="convnet3"),
+)  # fmt: skip

@@ -29,6 +29,7 @@ from lib.formation import by_class
 from lib.formation.start import pixel_set
 from lib.match import batchnorm
 from lib.match.batchnorm import Watch
+from lib.recipes import Recipes, published, small
 from lib.recover import teacher as teachers
 from lib.recover.blocks import STORAGE, Block, Prepared, State, bounds, class_images, stored_pixels
 from lib.recover.teacher import Teacher
@@ -185,6 +186,11 @@ class SRe2L:
         """What is to be known of the real images of class c: nothing."""
         return {}
 
+    @property
+    def weighted(self) -> bool:
+        """Whether the images of a class count unequally in training."""
+        return False
+
     def block_target(self, prepared: Prepared, block: Block) -> dict:
         """Everything that the objective of a block reads."""
         labels = torch.tensor(list(block.classes), device=prepared.device).repeat(len(block.images))
@@ -235,27 +241,29 @@ class SRe2L:
         return by_class(state.pixels[k].detach(), len(state.blocks[k].images)).transpose(0, 1).flatten(0, 1)
 
 
-_IMAGENET = SRe2L(teacher=teachers.PRESETS["paper-imagenet-pretrained"])
-# At 64 pixels; the range of the roll is assumed.
-_TINY = SRe2L(lr=0.1, bn_weight=1.0, roll=(-4, 4), teacher=teachers.PRESETS["paper-tinyimagenet-sre2l"])
+_IMAGENET = SRe2L(teacher=teachers.TEACHERS["imagenet"])
+_TINY = SRe2L(lr=0.1, bn_weight=1.0, roll=(-4, 4), teacher=teachers.TEACHERS["sre2l-tinyimagenet"])
 _CIFAR = replace(
-    _IMAGENET, iterations=1000, crop=None, flip=False, roll=(0, 4), teacher=teachers.PRESETS["paper-cifar"]
+    _IMAGENET, iterations=1000, crop=None, flip=False, roll=(0, 4), teacher=teachers.TEACHERS["cifar"]
 )
 _SMALL = SRe2L(iterations=100, lr=0.2, bn_weight=1.0, crop=None, flip=False, roll=(-1, 1), storage="float",
-               teacher=teachers.PRESETS["digits"])  # fmt: skip
-_PHOTOS = replace(_SMALL, iterations=60, flip=True, roll=(-2, 2), teacher=teachers.PRESETS["photos16"])
-PRESETS = {
-    "digits": _SMALL,
-    "photos16": _PHOTOS,
-    "photos32": _PHOTOS,
-    "paper": _IMAGENET,  # ImageNet-1K
-    "paper-r2000": replace(_IMAGENET, iterations=2000),
-    "paper-tinyimagenet": _TINY,
-    "paper-tinyimagenet-ipc50": replace(_TINY, iterations=1000),
-    "paper-cifar100": _CIFAR,
-    "cifar10": _CIFAR,  # as CIFAR-100
-    "cifar100": _CIFAR,
-    "paper-cda": replace(_IMAGENET, milestone=1.0),
-    "paper-cda-tinyimagenet": replace(_TINY, lr=0.4, bn_weight=0.05, milestone=1.0),
-    "paper-cda-imagenet21k": replace(_IMAGENET, iterations=2000, lr=0.05, bn_weight=0.25, milestone=1.0),
-}
+               teacher=teachers.TEACHERS["digits"])  # fmt: skip
+_PHOTOS = replace(_SMALL, iterations=60, flip=True, roll=(-2, 2), teacher=teachers.TEACHERS["photos16"])
+_SCRIPT = "published script (settings by data set, not by IPC)"
+RECIPES = Recipes(
+    small("digits", _SMALL, "own-fkd-digits"),
+    small("photos16 photos32", _PHOTOS, "own-fkd-photos"),
+    published("imagenet", None, _IMAGENET, "own-fkd-1024", _SCRIPT),
+    published("imagenet", None, replace(_IMAGENET, iterations=2000), "own-fkd-1024", "also released", variant="r2000"),
+    published("tinyimagenet", 50, replace(_TINY, iterations=1000), "own-fkd-1024-tiny", "released set; the range of the roll is assumed"),
+    published("tinyimagenet", 100, _TINY, "own-fkd-1024-tiny", f"{_SCRIPT}; the range of the roll is assumed"),
+    published("cifar100", None, _CIFAR, "own-fkd-cifar", _SCRIPT),
+    published("cifar10", None, _CIFAR, "own-fkd-cifar", "not published: as CIFAR-100"),
+    published("imagenette", None, replace(_IMAGENET, iterations=2000, teacher=teachers.TEACHERS["wmdd"]), "own-fkd",
+              "WMDD's script with its defaults and WMDD's teacher and iterations; how its authors ran SRe2L is not stated"),
+    published("tinyimagenet", (50, 100), replace(_TINY, lr=0.4, bn_weight=0.05, milestone=1.0), "own-fkd-1024-tiny",
+              "CDA, published script; the range of the roll is assumed", variant="cda"),
+    published("imagenet", None, replace(_IMAGENET, milestone=1.0), "own-fkd-1024", "CDA, published script", variant="cda"),
+    published("imagenet21k", (10, 20), replace(_IMAGENET, iterations=2000, lr=0.05, bn_weight=0.25, milestone=1.0), "own-fkd-1024",
+              "CDA, published script", variant="cda"),
+)  # fmt: skip

@@ -30,6 +30,7 @@ from lib.match import barycenter as ot
 from lib.match import batchnorm
 from lib.match.batchnorm import Watch
 from lib.methods.sre2l import SRe2L
+from lib.recipes import Recipes, published, small
 from lib.recover import teacher as teachers
 from lib.recover.blocks import Block, Prepared, State
 from lib.synset import SyntheticSet
@@ -163,9 +164,14 @@ class WMDD(SRe2L):
             "layers": [tuple(pair) for pair in pairs],
         }
 
+    @property
+    def weighted(self) -> bool:
+        """Whether the images of a class count unequally: as the atoms of its barycenter."""
+        return self.mode in ("alternating", "official_weighted")
+
     def finish(self, state: State) -> SyntheticSet:
         synset = super().finish(state)
-        if self.mode not in ("alternating", "official_weighted"):
+        if not self.weighted:
             return synset
         weights = [target["weights"] for _, target in sorted(state.prepared.targets.items())]
         return replace(synset, weights=torch.cat(weights))
@@ -177,24 +183,17 @@ class WMDD(SRe2L):
         return super().ordered(state, k) if self.statistics == "global" else state.pixels[k].detach()
 
 
-_NETTE = WMDD()
-_CIFAR = replace(
-    _NETTE, crop=None, flip=False, roll=(0, 4), iterations=1000, teacher=teachers.PRESETS["paper-cifar"]
-)
+_CIFAR = WMDD(crop=None, flip=False, roll=(0, 4), iterations=1000, teacher=teachers.TEACHERS["cifar"])
 _SMALL = WMDD(iterations=100, lr=0.2, crop=None, flip=False, roll=(-1, 1), storage="float",
-              teacher=teachers.PRESETS["digits"])  # fmt: skip
-_PHOTOS = replace(_SMALL, iterations=60, flip=True, roll=(-2, 2), teacher=teachers.PRESETS["photos16"])
-PRESETS = {
-    "digits": _SMALL,
-    "photos16": _PHOTOS,
-    "photos32": _PHOTOS,
-    "paper": _NETTE,  # ImageNette
-    "paper-tinyimagenet": replace(
-        _NETTE, lr=0.1, bn_weight=500.0, teacher=teachers.PRESETS["paper-tinyimagenet"]
-    ),
-    "cifar10": _CIFAR,  # not published: SRe2L's views and teacher
-    "cifar100": _CIFAR,
-    "paper-imagenet": replace(
-        _NETTE, bn_weight=100.0
-    ),  # lambda is not stated; flat above 10, best from 100 to 1000
-}
+              teacher=teachers.TEACHERS["digits"])  # fmt: skip
+_PHOTOS = replace(_SMALL, iterations=60, flip=True, roll=(-2, 2), teacher=teachers.TEACHERS["photos16"])
+RECIPES = Recipes(
+    small("digits", _SMALL, "own-fkd-digits"),
+    small("photos16 photos32", _PHOTOS, "own-fkd-photos"),
+    published("imagenette", None, WMDD(), "own-fkd", "published README: lambda 10"),
+    published("tinyimagenet", None, WMDD(lr=0.1, bn_weight=500.0, teacher=teachers.TEACHERS["wmdd-tinyimagenet"]), "own-fkd-tiny",
+              "published README: lambda 500"),
+    published("imagenet", None, WMDD(bn_weight=100.0), "own-fkd",
+              "lambda is not stated; the published sweep is flat above 10 and best from 100 to 1000"),
+    published("cifar10 cifar100", None, _CIFAR, "own-fkd-cifar", "not published: views and teacher of SRe2L"),
+)  # fmt: skip

@@ -81,6 +81,19 @@ def make_teacher(name: str, like) -> nn.Module:
     return network.to(like.device)
 
 
+def initialise(network: nn.Module, name: str, generator: torch.Generator) -> nn.Module:
+    r"""Draw all weights anew, in place: by ``lib.nets.initialise``, and torchvision's convolutions as torchvision does, normal with
+    variance $2/fan_{out}$."""
+    nets.initialise(network, generator)
+    if name.startswith(TORCHVISION):
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(
+                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+                )
+    return network
+
+
 def the_teacher(teacher: Teacher, train) -> nn.Module:
     """The frozen network that a recipe stands for: trained, read from a file, or torchvision's."""
     if not teacher.weights:
@@ -115,7 +128,7 @@ def train_teacher(teacher: Teacher, train, generator: torch.Generator | None = N
     key = digest(asdict(teacher), data, train.device.type, start, code_digest(__name__))
 
     def compute() -> dict[str, Tensor]:
-        nets.initialise(network, generator)
+        initialise(network, teacher.network, generator)
         fit(network, teacher, train, generator)
         return {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
 
@@ -288,15 +301,12 @@ def load_teacher(path: Path | str, name: str, like) -> nn.Module:
 
 _CIFAR = Teacher("resnet18-batch", epochs=200, lr=0.1, weight_decay=5e-4, batch=128, augmentation="crop_flip")
 _SMALL = Teacher("convnet-d2-w32-batch", epochs=12, lr=0.05, weight_decay=5e-4, batch=64, augmentation="none")
-PRESETS = {
+TEACHERS = {
     "digits": _SMALL,
     "photos16": replace(_SMALL, network="convnet-d3-w32-batch", epochs=8, augmentation="crop_flip"),
-    "photos32": replace(_SMALL, network="convnet-d3-w32-batch", epochs=8, augmentation="crop_flip"),
-    "paper": Teacher(),  # ImageNette and ImageNet-1K in WMDD
-    "paper-tinyimagenet": Teacher(
-        "torchvision-resnet18-tiny"
-    ),  # WMDD's stem: stride 2, padding 3, no pooling
-    "paper-tinyimagenet-sre2l": Teacher("resnet18-batch"),  # SRe2L's stem: stride 1, padding 1, no pooling
-    "paper-imagenet-pretrained": Teacher(weights="pretrained"),  # SRe2L
-    "paper-cifar": _CIFAR,  # SRe2L on CIFAR-100: 78.72 %
+    "wmdd": Teacher(),  # ImageNette and ImageNet-1K
+    "wmdd-tinyimagenet": Teacher("torchvision-resnet18-tiny"),  # stem of stride 2, padding 3, no pooling
+    "sre2l-tinyimagenet": Teacher("resnet18-batch"),  # stem of stride 1, padding 1, no pooling
+    "imagenet": Teacher(weights="pretrained"),  # SRe2L
+    "cifar": _CIFAR,  # SRe2L on CIFAR-100: 78.72 %
 }

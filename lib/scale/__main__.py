@@ -1,6 +1,6 @@
 """``python -m lib.scale``: plan a run, list its units, run them, say how far it is::
 
-python -m lib.scale run --out runs/toy --data digits --ipc 1 --preset digits --workers 2
+python -m lib.scale run --out runs/toy --data digits --ipc 1 --workers 2
 python -m lib.scale list --out runs/toy --stage recover
 python -m lib.scale run --out runs/toy --stage recover --unit 3
 python -m lib.scale status --out runs/toy
@@ -72,7 +72,8 @@ def _plan_options(group) -> None:
         "data": "data set, such as digits, imagenet, imagenette, folder:/path",
         "root": "where data sets lie",
         "method": "wmdd or sre2l",
-        "preset": "named settings of the method",
+        "variant": "of the method's published settings, such as cda",
+        "recipe": "data set whose settings are taken (default: those of the data)",
         "labels": "soft labels: recompute or store",
     }.items():
         group.add_argument(f"--{name}", help=text)
@@ -97,7 +98,7 @@ def _plan_options(group) -> None:
 def fields_of(given: argparse.Namespace) -> dict:
     """The plan fields on the command line, over those of its file."""
     fields = read_file(given.plan) if given.plan else {}
-    for name in ("data", "root", "method", "preset", "labels", "ipc", "size", "seed", "classes_per_unit",
+    for name in ("data", "root", "method", "variant", "recipe", "labels", "ipc", "size", "seed", "classes_per_unit",
                  "epochs_per_unit", "architectures", "seeds"):  # fmt: skip
         if (value := getattr(given, name)) is not None:
             fields[name] = value

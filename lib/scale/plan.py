@@ -13,6 +13,7 @@ from typing import Any
 from lib.data import Stream, load, stream
 from lib.data.folders import NAMES as FOLDERS
 from lib.data.folders import PREFIX
+from lib.data.imageset import SMALL_COUNT, SMALL_SIDE
 from lib.data.whitening import from_saved
 from lib.synset import check_ipc
 from lib.system.errors import CompanionError, unknown
@@ -41,18 +42,24 @@ class Form:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def small(self) -> bool:
+        """As ``ImageSet.small``."""
+        return self.size <= SMALL_SIDE and sum(self.counts) <= SMALL_COUNT
+
 
 @dataclass(frozen=True)
 class Plan:
     """One row of a table: a method on a data set, and the networks that are trained on the result.
 
     Attributes:
-        method, preset, options: ``lib.methods`` name, its named settings, and fields that differ from them.
+        method, variant, options: ``lib.methods`` name, variant of its published settings, and fields that differ from them.
+        recipe: data set whose settings are taken where these data have none, such as a folder of images ("": their own).
         data, root, size: data set, where data sets lie, side in pixels (None: as stored).
         ipc: images per class; seed: of barycenters and recovery (teacher and views have seeds of their own).
         teacher: fields of the teacher's recipe (``network``, ``weights``, ``epochs``, ...) that differ from the method's.
         labels: soft labels ``recompute``d while training, or ``store``d in a file per range of epochs.
-        relabel: fields of the recipe of relabelling and training (epochs, batch, ...) that differ from the preset's.
+        relabel: fields of the recipe of relabelling and training (epochs, batch, ...) that differ from the published ones.
         architectures, seeds: a network is trained for every pair; no architecture: that of the teacher.
         classes_per_unit, epochs_per_unit: how the class statistics and the stored labels are cut. Blocks of classes that are
             recovered together are the method's affair, since they are part of its objective.
@@ -61,7 +68,8 @@ class Plan:
     data: str
     ipc: int
     method: str = "wmdd"
-    preset: str = "paper"
+    variant: str = ""
+    recipe: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     root: str | None = None
     size: int | None = None

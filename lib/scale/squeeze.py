@@ -23,9 +23,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib import nets
 from lib.nets.convnet import ConvNet
-from lib.recover.teacher import Teacher, converged, fit, make_teacher, the_teacher
+from lib.recover.teacher import Teacher, converged, fit, initialise, make_teacher, the_teacher
 from lib.scale.plan import Run, open_run, real, same_data
 from lib.scale.store import done, save
 from lib.scale.units import method, unit
@@ -49,7 +48,7 @@ def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1) -> nn.M
         train: the data, the same in every process.
     """
     generator = torch.Generator(train.device).manual_seed(teacher.seed)
-    plain = nets.initialise(make_teacher(teacher.network, train), generator)
+    plain = initialise(make_teacher(teacher.network, train), teacher.network, generator)
     network = plain
     if world > 1:
         fused = isinstance(

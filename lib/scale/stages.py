@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib import nets
 from lib.distill import identity
 from lib.evaluate.networks import accuracy, network_seed
-from lib.evaluate.relabel import LabelStore, half_logits, label_bytes, train_by_distillation
+from lib.evaluate.relabel import LabelStore, fresh_networks, half_logits, label_bytes, train_by_distillation
 from lib.match.batchnorm import Watch
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict
@@ -117,7 +116,7 @@ class Shown:
     """What the relabelling asks of a set."""
 
     images: Images
-    weights: None = None
+    weights: Tensor | None = None
 
 
 def the_images(run: Run, device: torch.device | str) -> Images:
@@ -131,12 +130,31 @@ def the_images(run: Run, device: torch.device | str) -> Images:
     return Images(pixels.to(device), transform_of(form).to(device))
 
 
+def the_weights(run: Run, device: torch.device | str) -> Tensor | None:
+    """The weight of every image, class by class, where the method's barycenters have unequal ones."""
+    if not method(run).weighted:
+        return None
+    targets = {}
+    for part in units(run, "statistics"):
+        for key, tensor in read(run, part)[0].items():
+            c, name = key.split(".", 1)
+            if name == "weights":
+                targets[int(c)] = tensor
+    return torch.cat([targets[c] for c in sorted(targets)]).to(device)
+
+
+def shown(run: Run, device: torch.device | str) -> Shown:
+    """The distilled images and their weights."""
+    return Shown(the_images(run, device), the_weights(run, device))
+
+
 def the_set(run: Run) -> SyntheticSet:
     """The distilled set of a run whose blocks are all there."""
     form, chosen, images = run.form, method(run), the_images(run, "cpu")
     meta = identity(chosen) | {"dataset": form.name, "ipc": run.plan.ipc, "seed": run.plan.seed}
     labels = class_major(form.num_classes, run.plan.ipc, "cpu")
-    return SyntheticSet(images[:], labels, form.classes, images.transform, meta=meta)
+    weights = the_weights(run, "cpu")
+    return SyntheticSet(images[:], labels, form.classes, images.transform, weights=weights, meta=meta)
 
 
 # -- labels and training --------------------------------------------------------------------------------------------------
@@ -144,8 +162,8 @@ def the_set(run: Run) -> SyntheticSet:
 
 def _relabel(run: Run, one: Unit, device: torch.device) -> None:
     """The teacher's logits for all views of these epochs, 16 bits, ``(epochs, images, classes)``."""
-    teacher, shown, protocol = teacher_of(run, device), Shown(the_images(run, device)), recipe(run)
-    save(run, one, {"logits": half_logits(teacher, shown, protocol, range(one.first, one.last))})
+    teacher, protocol = teacher_of(run, device), recipe(run)
+    save(run, one, {"logits": half_logits(teacher, shown(run, device), protocol, range(one.first, one.last))})
 
 
 class Labels(LabelStore):
@@ -168,7 +186,7 @@ def _train(run: Run, one: Unit, device: torch.device) -> None:
     name, seed = trainings(run)[one.number]
     networks = fresh(run, name, seed, device)
     source = Labels(run, device) if run.plan.labels == "store" else teacher_of(run, device)
-    loss = train_by_distillation(networks, Shown(the_images(run, device)), source, recipe(run))
+    loss = train_by_distillation(networks, shown(run, device), source, recipe(run))
     found = tested(networks, real(run.plan, "test", device))
     save(run, one, {"accuracy": found, "loss": loss}, architecture=name, seed=seed)
 
@@ -176,9 +194,7 @@ def _train(run: Run, one: Unit, device: torch.device) -> None:
 def fresh(run: Run, name: str, seed: int, device: torch.device) -> Ensemble:
     """An untrained network of ``lib.nets``, or torchvision's (``torchvision-resnet18``), as an ensemble of one."""
     generator = torch.Generator(device).manual_seed(network_seed(seed, 0, 0))
-    network = nets.initialise(make_teacher(name, dataclasses.replace(run.form, device=device)), generator)
-    learned = {key: p.detach().clone()[None].requires_grad_() for key, p in network.named_parameters()}
-    return Ensemble(network, learned, {key: b.clone()[None] for key, b in network.named_buffers()})
+    return fresh_networks(name, dataclasses.replace(run.form, device=device), [generator])
 
 
 def tested(networks: Ensemble, test) -> Tensor:

@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.data import embedded
-from lib.evaluate.relabel import FKD, small
+from lib.evaluate.relabel import FKD, distillation
 from lib.match.batchnorm import batch_norms
-from lib.methods import preset, sre2l, wmdd
+from lib.methods import sre2l, wmdd
 from lib.methods.sre2l import SRe2L
+from lib.recipes import Recipe
 from lib.recover.teacher import make_teacher
 from lib.scale.plan import Run
 from lib.system.errors import CompanionError, choose, unknown
 
 STAGES = ("squeeze", "statistics", "recover", "relabel", "train", "aggregate")
-METHODS = {"sre2l": sre2l.PRESETS, "wmdd": wmdd.PRESETS}
+METHODS = {"sre2l": sre2l.RECIPES, "wmdd": wmdd.RECIPES}
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,26 @@ def needs(run: Run, one: Unit) -> list[Unit]:
     return units(run, "train")
 
 
+def row(run: Run) -> Recipe:
+    """The published settings, or the small ones, that the plan begins with.
+
+    Raises:
+        CompanionError: unknown method or variant; the method has no settings for these data.
+    """
+    plan = run.plan
+    recipes = choose("method that recovers images in blocks:", plan.method, METHODS)
+    if plan.recipe:
+        return recipes.named(plan.recipe, plan.ipc, plan.variant)
+    return recipes.find(run.form, plan.ipc, plan.variant)
+
+
 def method(run: Run):
     """The method of the plan, with its recipe of the teacher.
 
     Raises:
-        CompanionError: unknown method, preset or field.
+        CompanionError: as :func:`row`; an unknown field.
     """
-    plan = run.plan
-    presets = choose("method that recovers images in blocks:", plan.method, METHODS)
-    chosen = preset(presets, plan.preset)
+    plan, chosen = run.plan, row(run).method
     return changed(chosen, {**plan.options, "teacher": changed(chosen.teacher, plan.teacher)})
 
 
@@ -136,9 +147,8 @@ def changed(settings, fields: Mapping[str, Any]):
 
 
 def recipe(run: Run) -> FKD:
-    """How images are relabelled and networks trained: as published, or small for the small presets."""
-    name = run.plan.preset
-    return changed(small(name) if name in embedded.NAMES else FKD(), run.plan.relabel)
+    """How images are relabelled and networks trained: as published for these data."""
+    return changed(distillation(row(run).protocol), run.plan.relabel)
 
 
 def check(run: Run) -> None:
