@@ -10,8 +10,8 @@ python=$env_dir/bin/python
 stamp=$env_dir/.companion-stamp # written last: an interrupted set-up has none and is taken up again
 log=$root/.setup/setup.log
 needed_mb=8000
-commands="run test lab refresh lock clean"
-options="--profile --only --dataset --ipc --seed -p --cores --executor --engine --force --dry-run --list --no-setup --help"
+commands="run test lab refresh gallery lock clean"
+options="--profile --only --dataset --ipc --seed -p --cores --executor --force --dry-run --list --no-setup --help"
 
 usage() {
   cat <<'TEXT'
@@ -22,6 +22,7 @@ Commands
   test        the tests of lib/, then every notebook against its stored outputs
   lab         JupyterLab on the notebooks
   refresh     run, then write the outputs back into notebooks/
+  gallery     build figures/index.html from the results that are there
   lock        resolve environment.yml afresh and write requirements.lock
   clean       delete what runs leave behind (caches, logs, executed notebooks, runs with changed parameters);
               keeps the environment, the data and the results of the plain profiles
@@ -36,7 +37,6 @@ Options of run and refresh
   -p NAME=VALUE         any other parameter of the notebooks; may be repeated
   --cores N             use N cores (default: all of this machine); a cpu notebook takes one
   --executor NAME       where: local (default), gpu, slurm, kubernetes
-  --engine NAME         snakemake (default), or papermill: one notebook after another, without a scheduler
   --force               also run what is up to date
   --dry-run             say what would run and why
   --list                list the notebooks and whether they are up to date
@@ -72,26 +72,17 @@ wanted_stamp() {
   cat environment.yml requirements.lock pyproject.toml | if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi | cut -d' ' -f1
 }
 
-find_conda() {
-  local tool
-  for tool in mamba micromamba conda; do
-    if command -v "$tool" >/dev/null; then
-      echo "$tool"
-      return
-    fi
-  done
-}
-
-version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+set_up_already() { [[ -x $python && -f $stamp && $(<"$stamp") == "$(wanted_stamp)" ]]; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+pins() { sed -nE 's/^ +- ([A-Za-z0-9._-]+==[^ #]+).*/\1/p' environment.yml; }
 
-# The first Python >= 3.11 that can make a venv; 3.11 first because the lock was made with it.
+# The first Python >= 3.11 that can make a venv; 3.11 first because the tests ran with it.
 find_python() {
   local candidate found="none"
   for candidate in python3.11 python3 python3.12 python3.13 python3.14 python; do
     command -v "$candidate" >/dev/null || continue
     if ! new_enough "$candidate"; then
-      [[ $found != none ]] || found="only $(version_of "$candidate" || true) at $(command -v "$candidate")"
+      [[ $found != none ]] || found="only $("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' || true) at $(command -v "$candidate")"
     elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
       found="$(command -v "$candidate") without its venv module (Debian, Ubuntu: apt install python3-venv)"
     else
@@ -127,53 +118,66 @@ create_environment() {
   if [[ -e $env_dir && ! -e $env_dir/pyvenv.cfg && ! -e $env_dir/conda-meta && -n $(ls -A "$env_dir") ]]; then
     fail "$env_dir exists and is not a Python environment: move it away or set COMPANION_ENV to another folder"
   fi
-  local tool candidate words specs=()
-  tool=$(find_conda)
-  if [[ -n $tool ]]; then
-    # The lines above `pip:` in environment.yml; no Python is needed to read them.
-    while IFS= read -r words; do specs+=("$words"); done < <(
-      awk '/^dependencies:/ {on = 1; next} /^[^ #]/ {on = 0} on && /- pip:/ {exit} on && /^ *- / {sub(/^ *- */, ""); print $1}' environment.yml
-    )
+  local tool candidate
+  for tool in mamba micromamba conda; do
+    command -v "$tool" >/dev/null || continue
     rm -rf -- "$env_dir"
-    step "creating the environment with $tool" "$tool" create -y -p "$env_dir" -c conda-forge --override-channels "${specs[@]}"
-  else
-    candidate=$(find_python)
-    rm -rf -- "$env_dir"
-    step "creating the environment" "$candidate" -m venv "$env_dir"
+    step "creating the environment with $tool" "$tool" create -y -p "$env_dir" -c conda-forge --override-channels python=3.11 pip
+    return
+  done
+  candidate=$(find_python)
+  rm -rf -- "$env_dir"
+  step "creating the environment" "$candidate" -m venv "$env_dir"
+}
+
+# Set a variable of uv by what pip is configured with, unless it is set: the index, the certificates.
+from_pip() {
+  local value
+  value=$("$python" -m pip config list | sed -nE "s/^(:env:|global|install)\.$2='(.*)'\$/\2/p" | head -n 1 | sed 's/\\n/ /g')
+  if [[ -z ${!1-} && -n $value ]]; then export "$1=$value"; fi
+}
+
+# uv: that on the path, or else one in the environment.
+find_uv() {
+  uv=$(command -v uv || true)
+  if [[ -z $uv ]]; then
+    uv=$env_dir/bin/uv
+    [[ -x $uv ]] || step "installing uv" "$python" -m pip install uv
   fi
+  [[ -n ${UV_INDEX_URL-} ]] || from_pip UV_DEFAULT_INDEX index-url
+  [[ -n ${UV_EXTRA_INDEX_URL-} ]] || from_pip UV_INDEX extra-index-url
+  from_pip UV_FIND_LINKS find-links
+  from_pip SSL_CERT_FILE cert
+  # as pip does: of several indexes the best version; and the cache on the disk that was checked
+  export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} UV_CACHE_DIR=${UV_CACHE_DIR:-$root/.setup/uv} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 }
 
 set_up() {
-  local wanted
-  wanted=$(wanted_stamp)
-  if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
-
-  mkdir -p "$root/.setup/tmp"
+  local pin
+  if set_up_already; then return; fi
+  for pin in $(pins | tr '[:upper:]_' '[:lower:]-'); do
+    grep -qE "^${pin//./\\.}( |\$)" requirements.lock || fail "requirements.lock lacks $pin of environment.yml: run ./run_all.sh lock"
+  done
+  mkdir -p "$root/.setup"
   if command -v flock >/dev/null; then
     exec 9>"$root/.setup/lock"
     flock 9 # a second call waits, then finds the work done
-    if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-      exec 9>&-
-      return
-    fi
+    if set_up_already; then return; fi
   fi
   : >"$log"
   check_disk
   # An environment whose pip does not start was cut off while it was made.
   if ! "$python" -m pip --version >/dev/null 2>&1; then create_environment; fi
-  new_enough "$python" || fail "the environment $env_dir has Python $(version_of "$python"), 3.11 or newer is needed: delete it and start again"
-  "$python" -m workflow.pins check || exit 1
+  new_enough "$python" || fail "the environment $env_dir has a Python older than 3.11: delete it and start again"
 
   echo "Setting up $env_dir (a first time takes some minutes and about 3 GB of download; log: $log)" >&2
   rm -f -- "$stamp"
-  # pip unpacks in TMPDIR; /tmp is often too small for it, this folder's disk was checked above
-  export TMPDIR=$root/.setup/tmp PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-  step "installing requirements.lock" "$python" -m pip install -r requirements.lock
+  find_uv
+  step "installing requirements.lock" "$uv" pip install --python "$python" -r requirements.lock
   # compat: a plain path entry, so that a clone never finds another clone's modules through a shared environment
-  step "installing the project" "$python" -m pip install --no-deps --no-build-isolation --config-settings editable_mode=compat -e "$root"
-  unset TMPDIR
-  rm -rf -- "$root/.setup/tmp"
-  echo "$wanted" >"$stamp"
+  step "installing the project" "$uv" pip install --python "$python" --no-deps --no-build-isolation --config-setting editable_mode=compat -e "$root"
+  rm -rf -- "$root/.setup/uv"
+  wanted_stamp >"$stamp"
   exec 9>&- || true
 }
 
@@ -198,35 +202,53 @@ use_environment() {
 # ---------------------------------------------------------------- commands
 
 run_tests() {
-  local status=0 workers=(-n "$(cores_here)")
+  local status=0 notebooks=0 word plain=() shown=() words=()
   # one thread per process, as in a run of the notebooks
   export OMP_NUM_THREADS=1 COMPANION_BARS=0
   if [[ -n ${COMPANION_TEST_MINUTES-} ]]; then
     [[ $COMPANION_TEST_MINUTES =~ ^[0-9]{1,5}$ ]] || fail "COMPANION_TEST_MINUTES is '$COMPANION_TEST_MINUTES'; allowed: a whole number of minutes" 2
     export COMPANION_TEST_UNTIL=$(($(date +%s) + 60 * 10#$COMPANION_TEST_MINUTES))
   fi
-  "$python" -m pytest tests "${workers[@]}" --dist loadfile "$@" || status=$?
-  if ((status == 5)) && (($# > 0)); then status=0; fi # a choice by -k may leave nothing here
-  if compgen -G "notebooks/*.ipynb" >/dev/null; then
-    local notebooks=0
-    # loadscope keeps the cells of a notebook in one process
-    "$python" -m pytest notebooks --nbval --nbval-current-env --nbval-kernel-startup-timeout 120 \
-      "${workers[@]}" --dist loadscope "$@" || notebooks=$?
-    if ((notebooks == 5)) && (($# > 0)); then notebooks=0; fi
-    if ((status == 0)); then status=$notebooks; fi
+  for word in "$@"; do
+    case $word in
+      notebooks | notebooks/*) shown+=("$word") ;;
+      *) if [[ $word != -* && -e ${word%%::*} ]]; then plain+=("$word"); else words+=("$word"); fi ;;
+    esac
+  done
+  if ((${#plain[@]} + ${#shown[@]} == 0)); then
+    plain=(tests)
+    if compgen -G "notebooks/*.ipynb" >/dev/null; then shown=(notebooks); fi
   fi
-  return "$status"
+  set -- -n "$(cores_here)" ${words[@]+"${words[@]}"}
+  if ((${#plain[@]})); then "$python" -m pytest "${plain[@]}" --dist loadfile "$@" || status=$?; fi
+  if ((${#shown[@]})); then
+    if [[ -f tests/nbval_sanitize.cfg ]]; then shown+=(--nbval-sanitize-with tests/nbval_sanitize.cfg); fi
+    # loadscope keeps the cells of a notebook in one process
+    "$python" -m pytest "${shown[@]}" --nbval --nbval-current-env --nbval-kernel-startup-timeout 120 --dist loadscope "$@" || notebooks=$?
+  fi
+  if ((${#words[@]})); then # a choice by -k may leave nothing in one of the two
+    if ((status == 5)); then status=0; fi
+    if ((notebooks == 5)); then notebooks=0; fi
+  fi
+  return $((status > 0 ? status : notebooks))
 }
 
-# Not in the environment: the old lock may be what breaks its set-up.
+# Versions that still fit are kept. Not in the environment: the old lock may be what breaks its set-up.
 lock() {
-  if ! new_enough "$python"; then python=$(find_python); fi
   mkdir -p .setup
-  "$python" -m venv .setup/lock-env
-  local status=0
-  .setup/lock-env/bin/python -m workflow.pins lock || status=$?
-  rm -rf .setup/lock-env
-  return "$status"
+  : >"$log"
+  if ! command -v uv >/dev/null && [[ ! -x $env_dir/bin/uv ]]; then
+    env_dir=$root/.setup/lock-env python=$root/.setup/lock-env/bin/python
+    step "creating an environment for uv" "$(find_python)" -m venv "$env_dir"
+  elif [[ ! -x $python ]]; then
+    python=$(find_python)
+  fi
+  find_uv
+  cp requirements.lock .setup/new.lock
+  pins | "$uv" pip compile - --universal --python-version 3.11 --no-annotate --custom-compile-command "./run_all.sh lock" \
+    -o .setup/new.lock --quiet || fail "environment.yml could not be resolved"
+  mv .setup/new.lock requirements.lock
+  rm -rf -- .setup/lock-env
 }
 
 cores_here() { "$python" -c 'from workflow.machine import cores; print(cores())'; }
@@ -234,14 +256,15 @@ cores_here() { "$python" -c 'from workflow.machine import cores; print(cores())'
 clean() {
   local path
   shopt -s nullglob
-  for path in .cache .snakemake .setup .pytest_cache .ruff_cache .hypothesis results/logs results/cache results/*+*/ figures/*+*/ \
-    results/*/*/executed*.ipynb notebooks/.ipynb_checkpoints; do
+  for path in .cache .snakemake .setup .pytest_cache .ruff_cache .hypothesis ./*.egg-info results/logs results/cache results/*+*/ figures/*+*/ \
+    results/*/*/executed*.ipynb \
+    figures/index.html figures/style.css figures/html figures/.*/ notebooks/.ipynb_checkpoints; do
     if [[ -e $path ]]; then
       echo "deleting ${path%/}"
       rm -rf -- "${path%/}"
     fi
   done
-  find lib tests workflow benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+  find . -path "./.venv" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 }
 
 # Check the words before anything slow happens; values of options are checked by workflow/run.py.
@@ -288,6 +311,10 @@ case $command in
   test)
     use_environment
     run_tests ${extra[@]+"${extra[@]}"}
+    ;;
+  gallery)
+    use_environment
+    exec "$python" -m workflow.pages.gallery
     ;;
   lab)
     use_environment

@@ -1,7 +1,7 @@
-"""Run one notebook with papermill: ``python -m workflow.execute 20_dm --request {"profile":"cpu"}``.
+"""Run one notebook with papermill: ``python -m workflow.execute 20_dm --request {"profile":"cpu"} --record FILE``.
 
-Both engines run notebooks through this program. A finished notebook becomes ``executed.ipynb`` in one step; one that
-failed stays as far as it came under ``executed.failed.ipynb``.
+It writes into a folder of its own, which takes the place of the old results in one step when everything is there. A notebook that
+failed leaves these as they were, and itself, as far as it came, as ``executed.failed.ipynb`` beside them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -20,17 +21,17 @@ from pathlib import Path
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, write_text
 from workflow.machine import gpus
-from workflow.state import EXECUTED, FAILED, fingerprint, folder, record_file, source
+from workflow.state import EXECUTED, FAILED, file_name, fingerprint, folder, logs, records, source
 from workflow.table import Request, Table, load, request_from
 
 START_TIMEOUT = 120  # seconds for the kernel; a busy machine has been seen to need more than a minute
 
 
-def environment(root: Path, run: str, threads: int) -> dict[str, str]:
+def environment(root: Path, work: Path, run: str, threads: int) -> dict[str, str]:
     """Variables for the kernel."""
     return {
         "COMPANION_RUN": run,
-        "COMPANION_OUT": str(root),
+        "COMPANION_OUT": str(work),
         "COMPANION_BARS": "0",
         "OMP_NUM_THREADS": str(threads),
         # glibc: keep freed blocks up to 1 GiB in the process instead of mapping them afresh each time
@@ -63,6 +64,21 @@ def one_gpu(root: Path) -> Iterator[dict[str, str]]:
         time.sleep(2)
 
 
+@contextlib.contextmanager
+def workplace(root: Path, run: str, name: str, reads: tuple[str, ...]) -> Iterator[Path]:
+    """An empty folder to write into, laid out as the project and with the results that may be read linked; gone afterwards."""
+    work = logs(root, run) / "work" / name
+    shutil.rmtree(work, ignore_errors=True)
+    folder(work, run, name).mkdir(parents=True)
+    for other in reads:
+        if folder(root, run, other).is_dir():
+            folder(work, run, other).symlink_to(folder(root, run, other), target_is_directory=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def run_papermill(root: Path, name: str, parameters: dict, target: Path) -> None:
     """Execute into ``target``; raises what the failing cell raised as ``PapermillExecutionError``."""
     # jsonschema's check of URI formats, which notebooks do not have, costs a second at import
@@ -80,15 +96,21 @@ def run_papermill(root: Path, name: str, parameters: dict, target: Path) -> None
     )
 
 
-def finish(results: Path, outputs: tuple[str, ...], made_from: dict) -> None:
-    """Turn the working copy into the finished notebook, with what it was made from inside."""
-    absent = [output for output in outputs if output != EXECUTED and not (results / output).is_file()]
-    if absent:
-        raise CompanionError(f"the notebook ended without writing {', '.join(absent)}")
-    content = json.loads((results / FAILED).read_text(encoding="utf-8"))
-    content["metadata"]["companion"] = {"fingerprint": made_from}
-    write_text(results / EXECUTED, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    (results / FAILED).unlink()
+def put_in_place(work: Path, root: Path, run: str, name: str) -> None:
+    """Let the new results and figures take the place of the old ones; no signal comes between."""
+    stop = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    try:
+        for kind in ("results", "figures"):
+            new, place, old = (base / kind / run / name for base in (work, root, work / "old"))
+            old.parent.mkdir(parents=True, exist_ok=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():
+                shutil.move(place, old)
+            if new.exists():
+                shutil.move(new, place)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)
 
 
 def first_line(error: BaseException) -> str:
@@ -101,50 +123,71 @@ def first_line(error: BaseException) -> str:
 
 
 def execute(root: Path, table: Table, request: Request, name: str, threads: int) -> dict:
-    """Run the notebook and return its record (also stored, see :func:`workflow.state.record_file`)."""
-    results, record = folder(root, request.run, name), record_file(root, request.run, name)
+    """Run the notebook and return its record (see :func:`workflow.state.records`)."""
     made_from = fingerprint(root, table, request, name)
-    for output in (*table.outputs, FAILED):
-        (results / output).unlink(missing_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
-    os.environ.update(environment(root, request.run, threads))
-    wants_gpu = table.notebooks[name].resources[request.profile]["gpu"]
-
+    row, run = table.notebooks[name], request.run
+    wants_gpu = row.resources[request.profile]["gpu"]
     begin, status, error = time.perf_counter(), "ok", ""
-    try:
-        with one_gpu(root) if wants_gpu else contextlib.nullcontext({}) as chosen:
-            os.environ.update(chosen)
-            run_papermill(root, name, made_from["parameters"], results / FAILED)
-            finish(results, table.outputs, made_from)
-    except KeyboardInterrupt:
-        status, error = "interrupted", "interrupted"
-    except Exception as failure:  # whatever the notebook did, its record must be written
-        status, error = "failed", first_line(failure)
+    with workplace(root, run, name, row.reads) as work:
+        fresh = folder(work, run, name)
+        os.environ.update(environment(root, work, run, threads))
+        try:
+            with one_gpu(root) if wants_gpu else contextlib.nullcontext({}) as chosen:
+                os.environ.update(chosen)
+                run_papermill(root, name, made_from["parameters"], fresh / EXECUTED)
+            absent = [output for output in table.outputs if not (fresh / output).is_file()]
+            if absent:
+                raise CompanionError(f"the notebook ended without writing {', '.join(absent)}")
+            put_in_place(work, root, run, name)
+        except KeyboardInterrupt:
+            status, error = "interrupted", "interrupted"
+        except Exception as failure:  # whatever the notebook did, its record must be written
+            status, error = "failed", first_line(failure)
+            folder(root, run, name).mkdir(parents=True, exist_ok=True)
+            if (fresh / EXECUTED).is_file():
+                shutil.move(fresh / EXECUTED, folder(root, run, name) / FAILED)
     unit = 1 if sys.platform == "darwin" else 1024
-    done = {
+    return {
         "status": status,
         "seconds": round(time.perf_counter() - begin, 1),
         # of the largest child that has ended, which is the kernel
         "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6),
         "error": error,
         "ended": time.time(),
+        "made_from": made_from,
     }
-    write_text(record, json.dumps(done) + "\n")
-    return done
+
+
+def remember(root: Path, run: str, name: str, record: dict, wanted: Path) -> None:
+    """Write the record under its own name, in place of the earlier ones, and under the name that the scheduler waits for,
+    which is another one when tables that the notebook reads were made in the same run."""
+    text = json.dumps(record) + "\n"
+    if record["status"] == "ok":
+        for path, _ in records(root, run, name):
+            path.unlink(missing_ok=True)
+        write_text(logs(root, run) / "made" / file_name(name, record["made_from"]), text)
+    write_text(wanted, text)
 
 
 def main(words: list[str] | None = None) -> int:
+    """1 after an interruption; a notebook that failed has its record and stops nobody."""
     parser = argparse.ArgumentParser(prog="python -m workflow.execute", allow_abbrev=False)
     parser.add_argument("notebook")
     parser.add_argument("--request", required=True, help="the request as JSON")
+    parser.add_argument("--record", required=True, type=Path, help="file for how it ended")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     table = load(ROOT)
     request = request_from(json.loads(given.request), table)
     done = execute(ROOT, table, request, given.notebook, given.threads)
-    print(f"{done['status']:>8}  {given.notebook}  {done['seconds']} s  {done['error']}".rstrip(), flush=True)
-    return 0 if done["status"] == "ok" else 1
+    print(
+        f"{done['status']:>11}  {given.notebook}  {done['seconds']} s  {done['error']}".rstrip(), flush=True
+    )
+    if done["status"] == "interrupted":
+        return 1
+    remember(ROOT, request.run, given.notebook, done, given.record)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands ``run`` and ``refresh`` of run_all.sh: check the request, run what is out of date, say what came of it."""
+"""The commands ``run`` and ``refresh`` of run_all.sh: check the request, hand it to Snakemake, say what came of it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from lib.system.errors import CompanionError, unknown
+from lib.system.errors import CompanionError, choose
 from lib.system.files import ROOT, write_text
 from workflow.machine import cores, memory_mb
-from workflow.state import plan, stale
-from workflow.summary import print_list, print_plan, print_summary, results_of
+from workflow.state import alone, change, discard, logs
+from workflow.summary import print_list, print_plan, print_summary, result
 from workflow.table import Request, Table, check_parameters, load, parameters_of, request_from, select
 
 EXECUTORS = ("local", "gpu", "slurm", "kubernetes")
-ENGINES = ("snakemake", "papermill")
 SHORTCUTS = ("dataset", "ipc", "seed")
 
 
@@ -44,17 +43,15 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("-p", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--cores")
     parser.add_argument("--executor", default="local")
-    parser.add_argument("--engine", default="snakemake")
     for switch in ("--force", "--dry-run", "--list"):
         parser.add_argument(switch, action="store_true")
-    return parser.parse_args(words)
-
-
-def whole(option: str, text: str, least: int) -> int:
-    """A whole number >= ``least`` from the command line."""
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise CompanionError(f"{option} must be a whole number >= {least}, not {text!r}")
-    return int(text)
+    given = parser.parse_args(words)
+    choose("executor", given.executor, dict.fromkeys(EXECUTORS))
+    for name, least in (("cores", 1), ("ipc", 1), ("seed", 0)):
+        text = getattr(given, name)
+        if text is not None and not (text.isascii() and text.isdigit() and int(text) >= least):
+            raise CompanionError(f"--{name} must be a whole number >= {least}, not {text!r}")
+    return given
 
 
 def request_of(given: argparse.Namespace, table: Table) -> Request:
@@ -63,19 +60,6 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
     Raises:
         CompanionError: for the first one that is wrong.
     """
-    for kind, value, allowed in (("executor", given.executor, EXECUTORS), ("engine", given.engine, ENGINES)):
-        if value not in allowed:
-            raise unknown(kind, value, allowed)
-    if given.engine == "papermill" and given.executor in ("slurm", "kubernetes"):
-        raise CompanionError(
-            f"--engine papermill runs on this machine only, not by --executor {given.executor}"
-        )
-    if given.cores is not None:
-        given.cores = whole("--cores", given.cores, 1)
-    if given.ipc is not None:
-        whole("--ipc", given.ipc, 1)
-    if given.seed is not None:
-        whole("--seed", given.seed, 0)
     chosen = select(table, given.only)
     request_from({"profile": given.profile}, table)
     pairs = [(name, getattr(given, name)) for name in SHORTCUTS if getattr(given, name) is not None]
@@ -97,12 +81,13 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
     return Request(given.profile, chosen, parameters)
 
 
-# ------------------------------------------------------------------ engines
+# ------------------------------------------------------------------ Snakemake
 
 
-def snakemake_words(request: Request, given: argparse.Namespace, todo: list[str], config: Path) -> list[str]:
-    """The call of Snakemake that runs ``todo`` and what depends on it."""
-    folder = ROOT / "workflow"
+def snakemake(request: Request, given: argparse.Namespace, file: str = "request.json") -> list[str]:
+    """The call of Snakemake for this request, which is written to ``file``."""
+    folder, config = ROOT / "workflow", logs(ROOT, request.run) / file
+    write_text(config, json.dumps(request.config()))
     words = [
         sys.executable,
         "-m",
@@ -114,11 +99,11 @@ def snakemake_words(request: Request, given: argparse.Namespace, todo: list[str]
     ]
     words += ["--profile", str(folder / "profiles" / given.executor), "--configfile", str(config)]
     if given.executor in ("local", "gpu"):
-        words += ["--cores", str(given.cores or cores()), "--quiet", "host", "progress"]
+        words += ["--cores", given.cores or str(cores()), "--quiet", "host", "progress"]
         if given.executor == "local":
             words += ["--resources", f"mem_mb={memory_mb()}", "gpu=1"]
     else:
-        words += ["--jobs", str(given.cores)] if given.cores else []
+        words += ["--jobs", given.cores] if given.cores else []
     if given.executor == "slurm" and not accounting():
         words += ["--slurm-status-command", "squeue"]
     if given.executor == "kubernetes" and not importlib.util.find_spec(
@@ -127,46 +112,55 @@ def snakemake_words(request: Request, given: argparse.Namespace, todo: list[str]
         raise CompanionError(
             "--executor kubernetes needs its plugin and some preparation, see workflow/README.md"
         )
-    # Results of the other engine and of a deleted .snakemake folder are judged by what is stored in them.
-    return words + ["--forcerun", *(f"results/{request.run}/{name}/executed.ipynb" for name in todo)]
+    return words + (["--forceall"] if given.force else [])
 
 
 def accounting() -> bool:
     """Whether this SLURM cluster keeps a job history; without one jobs are followed in the queue."""
     try:
-        return (
-            subprocess.run(["sacct", "--noheader", "-S", "now"], capture_output=True, timeout=30).returncode
-            == 0
-        )
+        words = ["sacct", "--noheader", "-S", "now"]
+        return subprocess.run(words, capture_output=True, timeout=30).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-def by_snakemake(request: Request, table: Table, given: argparse.Namespace) -> int:
-    """Run under Snakemake; its own messages go to a log file, the notebooks' lines to the terminal."""
-    logs = ROOT / "results" / "logs" / request.run
-    reasons = plan(ROOT, table, request, given.force)
-    if not stale(reasons):
-        return 0
-    config = logs / "request.json"
-    write_text(config, json.dumps(request.config()))
+def plan(table: Table, request: Request, given: argparse.Namespace) -> dict[str, str]:
+    """The reason of every notebook that Snakemake would run, in words, "" for the others; in running order."""
+    given.executor = "local"
+    words = [*snakemake(request, given, "plan.json"), "--summary"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise CompanionError(f"Snakemake cannot plan: {' '.join(done.stderr.split())}")
+    # a row: file of the record, date, rule, log, status, plan
+    pending = re.findall(r"^\S*/made/(\w+)\.\w+\.json\t.*\tupdate pending$", done.stdout, re.M)
+    reasons: dict[str, str] = {}
+    for name in request.notebooks:
+        why = ""
+        if name in pending:
+            first = next(
+                (f"after {other}" for other in table.notebooks[name].reads if other in pending), "forced"
+            )
+            why = "forced" if given.force else change(ROOT, table, request, name) or first
+        reasons[name] = why
+    return reasons
+
+
+def run(request: Request, given: argparse.Namespace) -> int:
+    """Run what Snakemake decides; its own messages go to a log file, the notebooks' lines to the terminal."""
+    log, killed = logs(ROOT, request.run) / "snakemake.log", logs(ROOT, request.run) / "running"
+    words = snakemake(request, given)
     if given.executor in ("slurm", "kubernetes"):
         print(
-            f"jobs go to {given.executor}; the scheduler's messages are in {logs.relative_to(ROOT)}/snakemake.log",
+            f"jobs go to {given.executor}; the scheduler's messages are in {log.relative_to(ROOT)}",
             flush=True,
         )
-    status = call(snakemake_words(request, given, stale(reasons), config), logs / "snakemake.log")
-
-    # What reads tables takes those that exist when another notebook failed.
-    ended = results_of(ROOT, table, request, since=given.begin)
-    failed = [name for name, result in ended.items() if result.status == "failed"]
-    waiting = [name for name in stale(reasons) if ended[name].status == "not run"]
-    waiting = [name for name in waiting if set(failed) & set(table.notebooks[name].reads)]
-    if waiting:
-        rest = Request(request.profile, tuple(waiting), request.parameters)
-        write_text(config, json.dumps(rest.config()))
-        call(snakemake_words(rest, given, waiting, config), logs / "snakemake.log")
-    return status
+    if killed.exists():  # the last run could not take Snakemake's lock away
+        call([*words, "--unlock"], log)
+    killed.touch()
+    try:
+        return call(words, log)
+    finally:
+        killed.unlink(missing_ok=True)
 
 
 def call(words: list[str], log: Path) -> int:
@@ -202,45 +196,15 @@ def _stop(process: subprocess.Popen) -> None:
             process.wait()
 
 
-def by_papermill(request: Request, table: Table, given: argparse.Namespace) -> int:
-    """Run one notebook after another, judging each when its turn comes."""
-    status = 0
-    for name in request.notebooks:
-        if not plan(ROOT, table, Request(request.profile, (name,), request.parameters), given.force)[name]:
-            continue
-        threads = table.notebooks[name].resources[request.profile]["cpus"]
-        one = json.dumps({**request.config(), "notebooks": [name]})
-        words = [sys.executable, "-m", "workflow.execute", name, "--request", one, "--threads", str(threads)]
-        status = call(words, ROOT / "results" / "logs" / request.run / f"{name}.log") or status
-    return status
-
-
-@contextlib.contextmanager
-def alone(request: Request) -> Iterator[None]:
-    """One run per results folder at a time; the lock goes with the process, however that ends."""
-    import fcntl
-
-    path = ROOT / "results" / "logs" / request.run / "lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise CompanionError(f"cannot write to {path.parent}: {error.strerror}") from error
-    with file:
-        os.set_inheritable(file.fileno(), True)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CompanionError(f"another run into results/{request.run} is going on") from None
-        yield
+# ------------------------------------------------------------------ afterwards
 
 
 def build_gallery(request: Request) -> int:
     """Tables and figures/index.html from whatever has run."""
-    if not (ROOT / "lib" / "companion" / "gallery.py").is_file():
+    if not (ROOT / "workflow" / "pages" / "gallery.py").is_file():
         print("no gallery: workflow/pages/gallery.py does not exist")
         return 0
-    log = ROOT / "results" / "logs" / request.run / "gallery.log"
+    log = logs(ROOT, request.run) / "gallery.log"
     done = call([sys.executable, "-m", "workflow.pages.gallery"], log)
     if done:
         print(f"FAILED  gallery; see {log.relative_to(ROOT)}")
@@ -251,41 +215,39 @@ def refresh(executed: list[str]) -> int:
     """Write the outputs of executed notebooks back into notebooks/, in the form in which git keeps them."""
     if not executed:
         return 0
-    return subprocess.run(
-        [sys.executable, "-m", "workflow.pages.normalise", "--from", *executed], cwd=ROOT
-    ).returncode
+    words = [sys.executable, "-m", "workflow.pages.normalise", "--from", *executed]
+    return subprocess.run(words, cwd=ROOT).returncode
 
 
 def main(words: list[str]) -> int:
-    given = arguments(words)
-    given.begin = time.time()
-    table = load(ROOT)
+    given, begin, table = arguments(words), time.time(), load(ROOT)
     request = request_of(given, table)
     if given.command == "refresh" and (given.profile != "cpu" or request.parameters):
         raise CompanionError(
             "refresh keeps the outputs of the plain cpu profile; it takes no other profile or parameters"
         )
-    if given.list:
-        print_list(ROOT, table, request)
-        return 0
-    if given.dry_run:
-        print_plan(plan(ROOT, table, request, given.force))
+    if given.list or given.dry_run:
+        reasons = plan(table, request, given)
+        print_list(table, request.run, reasons) if given.list else print_plan(reasons)
         return 0
 
-    with alone(request):
-        interrupted, engine = False, by_papermill if given.engine == "papermill" else by_snakemake
+    discard(ROOT, table, request)
+    with alone(ROOT, request.run):
         try:
-            status = engine(request, table, given)
+            status = run(request, given)
         except KeyboardInterrupt:
-            interrupted, status = True, 130
-        results = results_of(ROOT, table, request, since=given.begin)
-        print_summary(results, ROOT / "results" / "logs" / request.run, status)
-        if interrupted:
-            return 130
+            status = 130
+        results = {nb: result(ROOT, table, request, nb, begin, status == 130) for nb in request.notebooks}
+        messages = logs(ROOT, request.run).relative_to(ROOT)
+        print_summary(results, str(messages))
+        if status == 130:
+            return status
+        if status and all(one.status != "failed" for one in results.values()):
+            print(f"the scheduler ended with status {status}; see {messages}/snakemake.log")
         if given.command == "refresh":
-            status = refresh([result.path for result in results.values() if result.good]) or status
+            status = refresh([one.path for one in results.values() if one.good]) or status
         gallery = build_gallery(request)
-    return 1 if status or gallery or not all(result.good for result in results.values()) else 0
+    return 1 if status or gallery or not all(one.good for one in results.values()) else 0
 
 
 if __name__ == "__main__":

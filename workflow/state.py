@@ -1,14 +1,18 @@
-"""Is a notebook's result up to date? What it was made from is stored in the executed notebook and compared with now."""
+"""What a result was made from, under which name that is remembered, and in words what has changed since."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Collection
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from lib.system.code import closure, meaning
+from lib.methods import METHODS
+from lib.system.code import closure, meaning, module_files, strings
+from lib.system.errors import CompanionError
 from workflow.table import Request, Table, parameters_for, parameters_of
 
 EXECUTED, FAILED = "executed.ipynb", "executed.failed.ipynb"
@@ -20,84 +24,106 @@ def source(root: Path, name: str) -> Path:
 
 
 def folder(root: Path, run: str, name: str) -> Path:
-    """Where a run of the notebook writes."""
+    """Where the results of the notebook lie."""
     return root / "results" / run / name
 
 
-def record_file(root: Path, run: str, name: str) -> Path:
-    """How the last execution ended: status, seconds, peak memory, first line of the error."""
-    return root / "results" / "logs" / run / f"{name}.json"
-
-
-def tables_read(root: Path, table: Table, request: Request, name: str) -> list[Path]:
-    """The ``table.csv`` of every notebook that this one reads and that exists or is part of the run."""
-    paths = {other: folder(root, request.run, other) / "table.csv" for other in table.notebooks[name].reads}
-    return [path for other, path in paths.items() if other in request.notebooks or path.is_file()]
+def logs(root: Path, run: str) -> Path:
+    """Messages and records of the run."""
+    return root / "results" / "logs" / run
 
 
 def fingerprint(root: Path, table: Table, request: Request, name: str) -> dict:
-    """Everything a result depends on: code cells, parameters, imported files of ``lib``, tables read."""
+    """Everything a result depends on: code cells, parameters, imported code of ``lib``, content of the tables read."""
     path = source(root, name)
+    files = {*closure([path], root)}
+    # notebooks and lib.companion also import methods by their names
+    naming = [path, *(file for file in files if file.parent.name == "companion")]
+    named = {word for file in naming for word in strings(file)} & METHODS.keys()
+    modules = [module for word in named for module in (METHODS[word].module, f"lib.plain.{word}")]
+    files |= {file for module in modules for file in module_files(module, root)}
+    tables = {nb: folder(root, request.run, nb) / "table.csv" for nb in table.notebooks[name].reads}
     return {
         "code": meaning(path),
         "parameters": parameters_for(request, parameters_of(path)),
-        "lib": {file.relative_to(root).as_posix(): meaning(file) for file in closure([path], root)},
-        "reads": {
-            file.parent.name: _sha256(file)
-            for file in tables_read(root, table, request, name)
-            if file.is_file()
-        },
+        "lib": {file.relative_to(root).as_posix(): meaning(file) for file in sorted(files)},
+        "tables": {nb: meaning(file) for nb, file in tables.items() if file.is_file()},
     }
 
 
-def _sha256(path: Path) -> str:
-    return _hash(path, path.stat().st_mtime_ns)
+def file_name(name: str, made_from: dict) -> str:
+    """Of the record of a result."""
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    return f"{name}.{digest[:16]}.json"
 
 
-@functools.cache
-def _hash(path: Path, _changed: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def record_name(root: Path, table: Table, request: Request, name: str) -> str:
+    """Of the record that a current result of the notebook has."""
+    return file_name(name, fingerprint(root, table, request, name))
 
 
-def stored_fingerprint(path: Path) -> dict | None:
-    """The fingerprint in an executed notebook; None for a missing or damaged file or one that was run by hand."""
+def records(root: Path, run: str, name: str) -> Iterator[tuple[Path, dict]]:
+    """The records of a notebook, the latest first: how it ended (status, seconds, peak_mb, error, ended), made_from."""
+    found = []
+    for path in (logs(root, run) / "made").glob(f"{name}.*.json"):
+        try:
+            found.append((path, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError):
+            found.append((path, {"status": "damaged", "ended": 0, "made_from": {}}))
+    return iter(sorted(found, key=lambda pair: pair[1]["ended"], reverse=True))
+
+
+def discard(root: Path, table: Table, request: Request) -> None:
+    """Delete the records that name no result: of failures, of what was edited while it ran, of results that are gone.
+
+    While another process holds the folder (:func:`alone`) nothing is touched.
+    """
+    with contextlib.suppress(CompanionError), alone(root, request.run):
+        for name in request.notebooks:
+            there = [(folder(root, request.run, name) / output).is_file() for output in table.outputs]
+            for path, record in records(root, request.run, name):
+                good = record["status"] == "ok" and path.name == file_name(name, record["made_from"])
+                if not (good and all(there)):
+                    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(root: Path, run: str) -> Iterator[None]:
+    """One run per results folder at a time; the lock goes with the process and its children, however these end."""
+    path = logs(root, run) / "lock"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["metadata"]["companion"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise CompanionError(f"cannot write to {path.parent}: {error.strerror}") from error
+    with file:
+        os.set_inheritable(file.fileno(), True)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CompanionError(f"another run into results/{run} is going on") from None
+        yield
 
 
-def reason(root: Path, table: Table, request: Request, name: str) -> str:
-    """Why the notebook must run, in a few words; empty if its result is up to date."""
-    results = folder(root, request.run, name)
+def change(root: Path, table: Table, request: Request, name: str) -> str:
+    """What is different from the latest result, in a few words; empty if that is current. It explains, it does not decide."""
+    results, now = folder(root, request.run, name), fingerprint(root, table, request, name)
     absent = [output for output in table.outputs if not (results / output).is_file()]
-    if absent:
-        return "not run yet" if EXECUTED in absent else f"{absent[0]} is missing"
-    was, now = stored_fingerprint(results / EXECUTED), fingerprint(root, table, request, name)
-    if was is None:
-        return f"{EXECUTED} does not say what it was made from"
+    made = [record["made_from"] for _, record in records(root, request.run, name) if record["status"] == "ok"]
+    if not absent and now in made:
+        return ""
+    if absent and EXECUTED not in absent:
+        return f"{absent[0]} is missing"
+    if absent or not made:
+        failed = (results / FAILED).is_file()
+        return "failed the last time" if failed else "not run yet" if absent else "no record of its run"
+    was = made[0]
     if was["code"] != now["code"]:
         return "code cells changed"
     if was["parameters"] != now["parameters"]:
         return "parameters changed"
-    for key, text in (("lib", "{} changed"), ("reads", "table of {} changed")):
+    for key, text in (("lib", "code of {} changed"), ("tables", "table of {} changed")):
         changed = sorted(k for k in was[key].keys() | now[key].keys() if was[key].get(k) != now[key].get(k))
         if changed:
-            others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            return text.format(changed[0] + others)
-    return ""
-
-
-def plan(root: Path, table: Table, request: Request, force: bool = False) -> dict[str, str]:
-    """The reason of every notebook of the request, in running order; what reads a table that will change runs too."""
-    reasons: dict[str, str] = {}
-    for name in request.notebooks:
-        why = "forced" if force else reason(root, table, request, name)
-        upstream = [other for other in table.notebooks[name].reads if reasons.get(other)]
-        reasons[name] = why or (f"after {upstream[0]}" if upstream else "")
-    return reasons
-
-
-def stale(reasons: dict[str, str]) -> Collection[str]:
-    """The notebooks that must run."""
-    return [name for name, why in reasons.items() if why]
+            return text.format(changed[0] + (f" and {len(changed) - 1} more" if len(changed) > 1 else ""))
+    return "no record of its run"

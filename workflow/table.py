@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from lib.system.errors import CompanionError, unknown
+from lib.methods import METHODS
+from lib.system.errors import CompanionError, choose, unknown
 
 RESOURCES = ("cpus", "mem_mb", "runtime", "gpu")
 
@@ -44,9 +45,13 @@ def load(root: Path) -> Table:
     """
     content = yaml.safe_load((root / "workflow" / "notebooks.yaml").read_text(encoding="utf-8"))
     rows, defaults = content["notebooks"] or {}, content["resources"]
+    shown = {entry.notebook for entry in METHODS.values()}
+    groups = {"all": rows, "methods": [name for name in rows if name in shown]}
     notebooks = {}
     for name, row in rows.items():
-        reads = [other for other in rows if other != name] if row["reads"] == "all" else row["reads"]
+        reads = row.get("reads", ())
+        if isinstance(reads, str):
+            reads = [other for other in choose(f"group in the row {name}:", reads, groups) if other != name]
         changed = row.get("resources", {})
         for kind, given, allowed in (
             ("notebook", reads, rows),

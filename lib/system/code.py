@@ -64,13 +64,18 @@ def meaning(path: Path) -> str:
     return _read(path, path.stat().st_mtime_ns)[0]
 
 
+def strings(path: Path) -> frozenset[str]:
+    """By which a file may name a module or a file: what is first in a call, ``f("dm")``; all strings of a notebook."""
+    return _read(path, path.stat().st_mtime_ns)[2]
+
+
 @functools.cache
 def _read(path: Path, _changed: int) -> tuple[str, frozenset[str], frozenset[str]]:
-    """Meaning, names imported from ``lib``, file names among the strings; the time of change is part of the cache's key."""
+    """Meaning, names imported from ``lib``, :func:`strings`; the time of change is part of the cache's key."""
     if path.suffix not in (".py", ".ipynb"):
         return hashlib.sha256(path.read_bytes()).hexdigest(), frozenset(), frozenset()
     notebook = path.suffix == ".ipynb"
-    digest, imported, names = hashlib.sha256(), set(), set()
+    digest, imported, texts = hashlib.sha256(), set(), set()
     for source in _cells(path) if notebook else [path.read_text(encoding="utf-8")]:
         lines = source.splitlines()
         magics = [line for line in lines if notebook and _magic(line)]
@@ -82,10 +87,12 @@ def _read(path: Path, _changed: int) -> tuple[str, frozenset[str], frozenset[str
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
                 del node.body[0]
             imported.update(_imports(node))
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and not notebook:
-                names.update(FILE_NAME.findall(node.value))
+            if notebook and isinstance(node, ast.Constant):
+                texts.add(node.value)
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                texts.add(node.args[0].value)
         digest.update("\0".join([ast.dump(tree), *magics, ""]).encode())
-    return digest.hexdigest(), frozenset(imported), frozenset(names)
+    return digest.hexdigest(), frozenset(imported), frozenset(text for text in texts if isinstance(text, str))
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
@@ -101,9 +108,10 @@ def _imports(node: ast.AST) -> Iterator[str]:
 @functools.cache
 def _uses(path: Path, changed: int, root: Path) -> tuple[Path, ...]:
     """The files that ``path`` names itself."""
-    _, imported, names = _read(path, changed)
+    _, imported, texts = _read(path, changed)
     modules = [file for name in imported for file in _files_of(name, root)]
-    return (*modules, *(path.with_name(name) for name in names if path.with_name(name).is_file()))
+    beside = [path.with_name(text) for text in texts if FILE_NAME.match(text) and path.suffix == ".py"]
+    return (*modules, *(file for file in beside if file.is_file()))
 
 
 def _cells(path: Path) -> list[str]:
