@@ -15,16 +15,17 @@ from lib.distill import distill
 from lib.match import curvature
 from lib.match.curvature import CurvatureGap
 from lib.match.gradient import RowCosine
-from lib.methods import coreset, lcmat
-from lib.methods.coreset import RULES, Coreset
+from lib.methods import selection
 from lib.methods.dsa import DSA
 from lib.methods.lcmat import LCMatC, LCMatS
+from lib.methods.selection import Coreset
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict
 from lib.select import greedy, proxy, scores, similarity, submodular
 from lib.select.last_layer import LastLayer
 from lib.select.pair_cost import curvature_coordinates, full_hessian, pair_cost, top_eigenvalue
 from lib.select.proxy import Proxy, last_layer, load_network, save_network, train_proxy
+from lib.select.rules import RULES
 from lib.system.errors import CompanionError
 
 SMALL = Proxy(network="mlp", epochs=3, lr=0.02, batch=16)
@@ -78,6 +79,31 @@ def test_a_stored_proxy_is_the_same_and_leaves_the_same_generator(toy, monkeypat
     warm = train_proxy(SMALL, toy.train, g)
     assert torch.equal(warm.last.logits, cold.last.logits) and torch.equal(warm.correct, cold.correct)
     assert torch.equal(g.get_state(), after)
+
+
+def test_a_proxy_stops_at_its_train_accuracy(toy):
+    """At the first look, an eighth of an epoch after the last, where so much is right; the run up to there is that without."""
+    until = replace(SMALL, epochs=30, batch=4, until=0.6)  # 15 batches: a look at every one
+    stopped = train_proxy(until, toy.train, generator(1))
+    assert 0.6 <= stopped.accuracy < 1 and 1 <= stopped.updates < 15 * 30
+    looks = [train_proxy(replace(until, until=u), toy.train, generator(1)) for u in (0.3, 0.9, 1.0)]
+    assert looks[0].updates <= stopped.updates <= looks[1].updates <= looks[2].updates
+    whole = train_proxy(replace(until, until=None), toy.train, generator(1))
+    assert whole.updates == 15 * 30 and whole.accuracy == 1.0
+    epoch, rest = divmod(stopped.updates, 15)
+    assert torch.equal(stopped.correct[:epoch], whole.correct[:epoch])
+    assert stopped.correct[epoch].sum() <= 4 * rest and not stopped.correct[epoch + 1 :].any()
+    never = train_proxy(replace(until, epochs=1, lr=1e-9, until=1.0), toy.train, generator(1))
+    assert never.updates == 15 and never.accuracy < 1.0  # what is not reached ends with the epochs
+    for wrong in (0.0, 1.5, -1):
+        with pytest.raises(CompanionError, match=f"until {wrong} of a proxy: an accuracy lies in"):
+            train_proxy(replace(until, until=wrong), toy.train, generator(1))
+
+
+def test_forgetting_watches_the_whole_training(toy):
+    method = Coreset(proxy=replace(SMALL, until=0.4), rule="forgetting")
+    assert method.look(toy.train, generator(3))[0].updates == 12
+    assert replace(method, rule="margin").look(toy.train, generator(3))[0].updates < 12
 
 
 def test_networks_that_cannot_serve_are_refused(toy, tmp_path):
@@ -180,7 +206,6 @@ def test_the_rules_are_the_functions_on_the_proxy(toy):
         last = trained.last[rows]
         want = {
             "margin": scores.best(scores.margin(last.logits), 4, largest=False),
-            "herding": greedy.herding(last.embeddings, 4),
             "glister": scores.glister(last, 4),
             "forgetting": scores.best(scores.forgetting(trained.correct[:, rows]), 4),
             "cal": scores.best(scores.cal(last.logits, scores.neighbours(last.embeddings, 3)), 4),
@@ -218,7 +243,7 @@ def test_optimisers_by_name(toy, optimiser):
 def test_fractions_and_unbalanced_selections(toy):
     s = distill(replace(QUICK, rule="margin", fraction=0.25), toy.train, 1, 0).synset
     assert torch.bincount(s.labels).tolist() == [5, 5, 5]
-    whole = distill(replace(QUICK, rule="uniform", fraction=1.0), toy.train, 1, 0).synset
+    whole = distill(replace(QUICK, rule="margin", fraction=1.0), toy.train, 1, 0).synset
     assert sorted(whole.indices.tolist()) == list(range(60))
     method = replace(QUICK, rule="margin", balanced=False)
     free = distill(method, toy.train, 4, 0).synset
@@ -254,15 +279,15 @@ def test_a_selection_does_not_depend_on_the_order_of_the_images(toy, monkeypatch
     trained = train_proxy(SMALL, toy.train, generator(3))
     shuffle = torch.randperm(60, generator=generator(9))
     other = toy.train.subset(shuffle)
-    moved = proxy.Trained(trained.ensemble, other, trained.correct[:, shuffle])
+    moved = proxy.Trained(trained.ensemble, other, trained.correct[:, shuffle], trained.updates)
     for method in (
         LCMatS(proxy=SMALL),
         replace(QUICK, rule="facility_location"),
         replace(QUICK, rule="gradmatch"),
     ):
-        monkeypatch.setattr(coreset, "train_proxy", lambda *_, kept=trained: kept)
+        monkeypatch.setattr(selection, "train_proxy", lambda *_, kept=trained: kept)
         want = method.begin(toy.train, 2, generator(0)).indices
-        monkeypatch.setattr(coreset, "train_proxy", lambda *_, kept=moved: kept)
+        monkeypatch.setattr(selection, "train_proxy", lambda *_, kept=moved: kept)
         got = shuffle[method.begin(other, 2, generator(0)).indices]
         assert got.tolist() == want.tolist(), method
 
@@ -462,10 +487,3 @@ def test_wrong_settings_of_lcmat_c(changes, message):
 def test_a_network_of_another_kind_has_curvature_too(toy):
     found = distill(with_curvature(1.0, network="mlp"), toy.train, 2, 0)
     assert found.synset.codes.isfinite().all()
-
-
-def test_presets_are_the_published_scripts():
-    assert lcmat.LCMAT_S["paper"] == LCMatS(eps=0.01, coordinates=100) and LCMatS().proxy.epochs == 10
-    assert lcmat.LCMAT_S["paper-resnet18"].proxy == Proxy("resnet18-batch", 10, 0.1, 0.9, 5e-4, 128)
-    for table in (coreset.PRESETS, lcmat.LCMAT_S):
-        assert {"digits", "photos16", "photos32", "paper"} <= table.keys()

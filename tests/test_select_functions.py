@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lib.select import gradmatch, pair_cost, scores, similarity, submodular
 from lib.select.last_layer import LastLayer, batch_scale
+from lib.select.subset import class_budgets
 from lib.system.errors import CompanionError
 
 
@@ -363,7 +364,7 @@ def test_the_best_scores_are_stable_and_finite():
 
 
 def test_class_budgets_round_half_to_even():
-    assert scores.class_budgets([25, 50, 35], 0.1) == [2, 5, 4]
+    assert class_budgets([25, 50, 35], 0.1) == [2, 5, 4]
     for fraction in (0.0, -0.1, 1.01, math.nan):
         with pytest.raises(CompanionError, match=r"must lie in \(0, 1\]"):
-            scores.class_budgets([10], fraction)
+            class_budgets([10], fraction)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import generator
 
 from lib.distill import distill
-from lib.methods.selection import Herding, KCenter, RandomReal, embeddings
+from lib.methods.selection import Herding, KCenter, RandomReal
 from lib.select import proxy
 from lib.select.greedy import HERDING_RULES, herding, k_center
+from lib.select.proxy import Proxy, embeddings
 from lib.system.errors import CompanionError
 
 
@@ -128,9 +130,10 @@ def test_unknown_rule():
 
 # -- as methods ---------------------------------------------------------------------------------------------------------
 
-SMALL = {"network": "convnet-d2-w4", "proxy_epochs": 2}
+SMALL = Proxy("convnet-d2-w4", epochs=2)
 METHODS = [
-    RandomReal(), Herding(**SMALL), KCenter(**SMALL), Herding(features="pixels"), KCenter(features="random", network="mlp"),
+    RandomReal(), Herding(proxy=SMALL), KCenter(proxy=SMALL), Herding(features="pixels"),
+    KCenter(features="random", proxy=Proxy("mlp")),
 ]  # fmt: skip
 
 
@@ -169,20 +172,34 @@ def test_k_center_starts_depend_on_the_seed(toy):
     assert len(starts) > 2
 
 
-@pytest.mark.parametrize("method", [Herding(**SMALL), KCenter(**SMALL)], ids=["herding", "k_center"])
+@pytest.mark.parametrize("method", [Herding(proxy=SMALL), KCenter(proxy=SMALL)], ids=["herding", "k_center"])
 def test_a_warm_cache_changes_nothing(toy, method, monkeypatch):
     cold = distill(method, toy.train, 3, 1).synset.indices
     monkeypatch.setattr(proxy, "sgd_steps", lambda *_, **__: pytest.fail("the proxy was trained again"))
     assert torch.equal(distill(method, toy.train, 3, 1).synset.indices, cold)
-    for other in ({"proxy_epochs": 3}, {"network": "convnet-d2-w8"}):
+    for other in ({"epochs": 3}, {"network": "convnet-d2-w8"}):
         with pytest.raises(pytest.fail.Exception, match="again"):
-            distill(type(method)(**SMALL | other), toy.train, 3, 1)
+            distill(type(method)(proxy=replace(SMALL, **other)), toy.train, 3, 1)
 
 
 def test_proxy_features_separate_the_classes_better_than_random_ones(toy):
     def between_over_within(kind, epochs):
-        e = embeddings(toy.train, kind, "convnet-d2-w8", epochs, generator(0))
+        e = embeddings(toy.train, kind, Proxy("convnet-d2-w8", epochs), generator(0))
         means = torch.stack([e[toy.train.labels == c].mean(0) for c in range(3)])
         return means.var(0).sum() / sum(e[toy.train.labels == c].var(0).sum() for c in range(3))
 
     assert between_over_within("proxy", 10) > 2 * between_over_within("random", 0)
+
+
+def test_random_images_of_a_part_of_the_data(toy):
+    quarter = distill(RandomReal(fraction=0.25), toy.train, 1, 0).synset
+    assert torch.bincount(quarter.labels).tolist() == [5, 5, 5] and quarter.indices.unique().numel() == 15
+    free = distill(RandomReal(balanced=False), toy.train, 4, 0).synset
+    assert len(free.indices.unique()) == 12 and torch.bincount(free.labels).tolist() != [4, 4, 4]
+    whole = distill(RandomReal(fraction=1.0), toy.train, 1, 0).synset
+    assert sorted(whole.indices.tolist()) == list(range(60))
+
+
+def test_unknown_features():
+    with pytest.raises(CompanionError, match="unknown features 'pixel' .did you mean 'pixels'"):
+        Herding(features="pixel")

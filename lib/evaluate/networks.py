@@ -130,6 +130,7 @@ def train(
         epochs=protocol.trained_epochs,
         lr=rate,
         momentum=protocol.momentum,
+        nesterov=protocol.nesterov,
         weight_decay=protocol.weight_decay,
         batch=protocol.batch,
         augmentation=protocol.families(data),

@@ -16,9 +16,10 @@ class Protocol:
     Attributes:
         network: architecture (``lib.nets``); one tap decides everything about it.
         epochs: E as published; ``dc`` schedules train epochs 0..E, that is E + 1 of them.
-        lr, momentum, weight_decay, batch: plain SGD (the set's learned step size replaces lr where it has one and
+        lr, momentum, nesterov, weight_decay, batch: SGD (the set's learned step size replaces lr where it has one and
             ``learned_lr`` says so).
-        schedule: ``constant``, ``dc`` (a tenth after half, momentum reset), ``steps`` (IDC), ``cosine``.
+        schedule: ``constant``, ``dc`` (a tenth after half, momentum reset), ``steps`` (IDC), ``cosine`` by epochs,
+            ``cosine-steps`` by updates (DeepCore).
         augmentation: ``none``, a DSA strategy, or ``data``: the strategy that suits the data set; mode and cutmix as in
             ``lib.nets.training``.
         labels: ``own`` (as stored: hard or soft), or ``hard`` (argmax of soft ones).
@@ -37,6 +38,7 @@ class Protocol:
     augmentation: str = "none"
     mode: str = "single"
     cutmix: float = 0.0
+    nesterov: bool = False
     labels: str = "own"
     learned_lr: bool = False
     networks: int = 20
@@ -70,7 +72,7 @@ class Protocol:
     def __str__(self) -> str:
         parts = [f"{self.name}: {self.network}", f"{self.trained_epochs} epochs", f"SGD lr {self.lr:g}"]
         parts += [
-            f"momentum {self.momentum:g}",
+            f"{'Nesterov ' if self.nesterov else ''}momentum {self.momentum:g}",
             f"wd {self.weight_decay:g}",
             f"batch {self.batch}",
             f"{self.schedule} schedule",
@@ -124,6 +126,11 @@ PROTOCOLS = {
         ),
         Protocol("dcbench", epochs=1000, augmentation="data", networks=5, source="DC-BENCH with DSA; 300 epochs without"),
         Protocol("ddranking", epochs=1000, augmentation="data", labels="hard", networks=1, source="DD-Ranking, hard labels"),
+        Protocol(
+            "deepcore", "resnet18-batch", epochs=200, lr=0.1, nesterov=True, batch=128, schedule="cosine-steps",
+            augmentation="crop_flip", mode="multiple", networks=1,
+            source="DeepCore, arXiv 2204.08499, and LCMat; there crops are padded by reflection, and the best epoch counts",
+        ),
         Protocol("cpu-small", networks=5, sets=3, source="dc, scaled to two cores on the embedded data sets"),
         Protocol("cpu-small-dsa", augmentation="data", networks=5, sets=3, source="cpu-small with DSA augmentation"),
     )

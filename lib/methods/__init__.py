@@ -101,9 +101,17 @@ def method(name: str) -> type:
 
 
 def recipes(name: str) -> Recipes:
-    """The table of a method's settings by its name, or a one-line error that lists the methods."""
+    """The table of a method's settings by its name, or a one-line error that lists the methods.
+
+    Where several methods share a table (the rules of coresets), its rows have the fields of the one that is asked for.
+    """
     entry = choose("method", name, METHODS)
-    return getattr(importlib.import_module(entry.module), entry.recipes)
+    table = getattr(importlib.import_module(entry.module), entry.recipes)
+    if not entry.fields:
+        return table
+    return Recipes(
+        [dataclasses.replace(row, method=dataclasses.replace(row.method, **entry.fields)) for row in table]
+    )
 
 
 def name_of(method: Any) -> str:

@@ -27,10 +27,11 @@ from torch import Tensor
 from lib.match.curvature import CurvatureGap
 from lib.match.gradient import Gap, RowCosine
 from lib.methods import dsa
-from lib.methods.coreset import SMALL_PROXIES, Choice, ProxySelection
+from lib.methods.selection import RESNET, SMALL_PROXIES, ProxySelection
 from lib.recipes import Recipes, published, small
 from lib.select.pair_cost import curvature_coordinates, pair_cost
 from lib.select.proxy import Proxy, Trained
+from lib.select.rules import Choice
 from lib.select.similarity import flipped
 from lib.select.submodular import FacilityLocation, cluster_sizes
 from lib.system.errors import CompanionError
@@ -48,12 +49,15 @@ class LCMatS(ProxySelection):
 
     VARIANTS: ClassVar = ("paper", "official")
 
-    def pick(self, proxies: list[Trained], rows: Tensor, budget: int, generator: torch.Generator) -> Choice:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.eps >= 0 or self.coordinates < 1:
             raise CompanionError(
                 f"eps {self.eps!r} and {self.coordinates!r} coordinates: eps must be at least 0, coordinates at least 1"
             )
-        last = self.gradients(proxies[0], rows)
+
+    def pick(self, seen: list[Trained], rows: Tensor, budget: int, generator: torch.Generator) -> Choice:
+        last = self.gradients(seen[0], rows)
         cost = pair_cost(last, self.eps, curvature_coordinates(last, self.coordinates))
         similarity = flipped(cost, 10.0 if self.variant == "official" else None)
         order = self.greedily(FacilityLocation(similarity), budget, generator)
@@ -68,13 +72,18 @@ class LCMatC(dsa.DSA):
     distance: Gap = RowCosine() + CurvatureGap()
 
 
-LCMAT_S = {name: LCMatS(proxy=proxy) for name, proxy in SMALL_PROXIES.items()} | {
-    "paper": LCMatS(),
-    "paper-resnet18": LCMatS(proxy=Proxy(network="resnet18-batch")),  # the published network
-    "paper-defaults": LCMatS(
-        proxy=Proxy(epochs=40, batch=256), eps=0.05
-    ),  # the code's, which its scripts override
-}
+LCMAT_S = Recipes(
+    *(small(names, LCMatS(proxy=proxy)) for names, proxy in SMALL_PROXIES.items()),
+    published("cifar10 cifar100", 5, LCMatS(proxy=RESNET), "deepcore", "the published scripts"),
+    published(
+        "cifar10 cifar100",
+        5,
+        LCMatS(proxy=Proxy(epochs=40, batch=256), eps=0.05),
+        "deepcore",
+        "the defaults of the code, which its scripts override",
+        variant="defaults",
+    ),
+)
 
 
 def _lcmat_c(method: dsa.DSA, rho: float = 0.1, kind: str = "gradvar", **changes) -> LCMatC:

@@ -29,7 +29,7 @@ def sgd_steps(
     generators: Sequence[torch.Generator],
     *,
     epochs: int,
-    lr: float | Callable[[int], float] = 0.01,
+    lr: float | Callable[[float], float] = 0.01,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
@@ -40,6 +40,7 @@ def sgd_steps(
     weights: Tensor | None = None,
     fresh_at: Sequence[int] = (),
     after_epoch: Callable[[int], None] | None = None,
+    enough: Callable[[], bool] | None = None,
     optimiser: torch.optim.Optimizer | None = None,
 ) -> Tensor:
     r"""Minimise $\sum_i w_{ki}\,\ell(f_{\theta_k}(\mathcal A(x_{ki})), y_{ki}) / \sum_i w_{ki}$ for every k by SGD, in place.
@@ -47,13 +48,14 @@ def sgd_steps(
     Args:
         images: ``(K, m, c, h, w)``, or ``(1, m, c, h, w)`` when all networks learn the same set.
         labels: ``(K or 1, m)`` class indices, or ``(K or 1, m, C)`` probabilities.
-        epochs: passes over the set; lr: a number, or a function of the epoch.
+        epochs: passes over the set; lr: a number, or a function of the epoch and the part of it that is done, such as 2.5.
         batch: mini-batch size; the last batch of an epoch may be shorter. A set that fits one batch is not shuffled.
         augmentation: DSA strategy: one family per batch, own parameters per image; ``none`` for none.
         mode: how families combine (``lib.augment.Draw``); cutmix: probability of CutMix per batch.
         weights: ``(K or 1, m)`` sample weights, or None for equal ones.
         fresh_at: epochs before which the optimiser is rebuilt, momentum lost (as the published DC code does).
         after_epoch: called with the number of finished epochs.
+        enough: asked after every update; training ends where it says so.
         optimiser: one of these networks' parameters (:func:`sgd`) that remembers earlier calls; its momentum and weight decay
             hold.
     Returns:
@@ -68,10 +70,10 @@ def sgd_steps(
     for epoch in range(epochs):
         if epoch in fresh_at:
             optimiser = sgd(parameters, momentum, weight_decay, nesterov)
-        for group in optimiser.param_groups:
-            group["lr"] = lr(epoch) if callable(lr) else lr
         total = torch.zeros_like(total)
         for b in range(chance.batches):
+            for group in optimiser.param_groups:
+                group["lr"] = lr(epoch + b / chance.batches) if callable(lr) else lr
             rows, omega = chance.rows(epoch, b), chance.omega(epoch, b)
             x, y, w = (
                 _take(images, rows),
@@ -87,6 +89,10 @@ def sgd_steps(
                 loss = batch_loss(networks(x), y, w)
             update(optimiser, parameters, loss.sum())
             total += loss.detach() * (x.shape[1] / m)
+            if done := enough is not None and enough():
+                break
+        if done:
+            break
         if after_epoch is not None:
             after_epoch(epoch + 1)
     for parameter in parameters:
@@ -117,7 +123,7 @@ def batch_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) ->
     return (losses * weights).sum(1) / weights.sum(1)
 
 
-def halving_schedule(lr: float, epochs: int, factor: float = 0.1) -> tuple[Callable[[int], float], int]:
+def halving_schedule(lr: float, epochs: int, factor: float = 0.1) -> tuple[Callable[[float], float], int]:
     """The published DC schedule over epochs 0..E: the rate falls to a tenth after epoch E // 2 + 1, with a new optimiser.
 
     Returns:
@@ -127,8 +133,8 @@ def halving_schedule(lr: float, epochs: int, factor: float = 0.1) -> tuple[Calla
     return (lambda epoch: lr if epoch < drop else lr * factor), drop
 
 
-def cosine_schedule(lr: float, epochs: int, lowest: float = 0.0) -> Callable[[int], float]:
-    """Cosine decay from ``lr`` to ``lowest``, by epochs."""
+def cosine_schedule(lr: float, epochs: int, lowest: float = 0.0) -> Callable[[float], float]:
+    """Cosine decay from ``lr`` to ``lowest`` over the epochs."""
     return lambda epoch: lowest + 0.5 * (lr - lowest) * (1 + math.cos(math.pi * epoch / epochs))
 
 
@@ -244,10 +250,10 @@ class _Chance:
             self.mixing, self.partners = each((span, self.batches, 4)), each((span, self.m))
 
 
-SCHEDULES = ("constant", "dc", "steps", "cosine")
+SCHEDULES = ("constant", "dc", "steps", "cosine", "cosine-steps")
 
 
-def schedule(kind: str, lr: float, epochs: int) -> tuple[Callable[[int], float], tuple[int, ...]]:
+def schedule(kind: str, lr: float, epochs: int) -> tuple[Callable[[float], float], tuple[int, ...]]:
     """A named learning-rate schedule: the rate by epoch, and the epochs before which the optimiser is rebuilt.
 
     ``constant``; ``dc`` (a tenth after half, momentum reset); ``steps`` (a fifth at 2/3 and again at 5/6, IDC); ``cosine``.
@@ -260,5 +266,8 @@ def schedule(kind: str, lr: float, epochs: int) -> tuple[Callable[[int], float],
     if kind == "steps":
         return (lambda epoch: lr * 0.2 ** ((epoch >= epochs * 2 // 3) + (epoch >= epochs * 5 // 6))), ()
     if kind == "cosine":
-        return cosine_schedule(lr, epochs), ()
+        rate = cosine_schedule(lr, epochs)
+        return (lambda epoch: rate(int(epoch))), ()
+    if kind == "cosine-steps":
+        return cosine_schedule(lr, epochs, lr / 1000), ()
     raise unknown("schedule", kind, SCHEDULES)

@@ -6,8 +6,6 @@ values; error norms, forgetting and CAL the *largest*.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -159,13 +157,6 @@ def best(scores: Tensor, budget: int, largest: bool = True) -> Tensor:
     if bad:
         raise CompanionError(f"{bad} of {len(scores)} scores are not finite: did the proxy training diverge?")
     return scores.argsort(descending=largest, stable=True)[:budget]
-
-
-def class_budgets(counts: Sequence[int], fraction: float) -> list[int]:
-    """Images per class for a fraction in (0, 1]: ``round(fraction * count)``, half to even."""
-    if not 0 < fraction <= 1:
-        raise CompanionError(f"fraction {fraction} is not allowed: it must lie in (0, 1]")
-    return [round(fraction * int(count)) for count in counts]
 
 
 def _check_variant(variant: str) -> None:
