@@ -135,7 +135,7 @@ def test_dm_with_a_joint_distillation_has_no_cross_class_terms(six):
         state = method.begin(images, 2, generator())
         with torch.no_grad():
             state.pixels.copy_(pixels[: 2 * count])
-        network = method.encoder(state, generator(2))
+        network = method.networks.draw(state.supply, generator(2))
         method.match(state, network, generator())
         after.append(state.pixels.detach())
     torch.testing.assert_close(after[0][:6], after[1], rtol=1e-5, atol=1e-6)

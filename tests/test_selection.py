@@ -200,6 +200,6 @@ def test_random_images_of_a_part_of_the_data(toy):
     assert sorted(whole.indices.tolist()) == list(range(60))
 
 
-def test_unknown_features():
+def test_unknown_features(toy):
     with pytest.raises(CompanionError, match="unknown features 'pixel' .did you mean 'pixels'"):
-        Herding(features="pixel")
+        distill(Herding(features="pixel"), toy.train, 2, 0)

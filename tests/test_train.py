@@ -261,7 +261,7 @@ def test_named_schedules():
     assert rate(0) == 1 and rate(5) == pytest.approx(0.5) and 0 < rate(9) < 0.03
     assert schedule("constant", 0.3, 10)[0](9) == 0.3
     assert halving_schedule(0.01, 300)[1] == 152
-    with pytest.raises(CompanionError, match="schedule 'cos'.*allowed: constant, cosine, dc, steps"):
+    with pytest.raises(CompanionError, match="schedule 'cos'.*allowed: constant, cosine, cosine-steps, dc, steps"):
         schedule("cos", 1.0, 10)
 
 

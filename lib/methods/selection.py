@@ -26,7 +26,7 @@ from lib.data.imageset import ImageSet
 from lib.recipes import Recipes, published, small
 from lib.select import greedy, scores, submodular
 from lib.select.last_layer import LastLayer, batch_scale
-from lib.select.proxy import FEATURES, Proxy, Trained, embeddings, train_proxy
+from lib.select.proxy import Proxy, Trained, embeddings, train_proxy
 from lib.select.rules import RULES, Choice
 from lib.select.subset import groups, real_set
 from lib.synset import SyntheticSet
@@ -91,9 +91,6 @@ class InFeatures(Selection):
 
     proxy: Proxy = field(default_factory=lambda: Proxy("convnet-d3-w128"))
     features: str = "proxy"  # or "random", or "pixels" (lib.select.proxy.embeddings)
-
-    def __post_init__(self) -> None:
-        choose("features", self.features, dict.fromkeys(FEATURES))
 
     def look(self, train: ImageSet, generator: torch.Generator) -> Tensor:
         return embeddings(train, self.features, self.proxy, generator)
