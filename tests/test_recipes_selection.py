@@ -96,4 +96,4 @@ def test_the_protocol_of_deepcore(toy):
     assert rate(100) == pytest.approx((0.1 + 1e-4) / 2) and rate(100) > rate(100.5) > rate(101)
     everything = distill(RandomReal(), toy.train, 20, 0).synset
     few = protocol("deepcore", toy, network="convnet-d2-w4", epochs=10, augmentation="none", batch=16)
-    assert evaluate(everything, toy, few, 0).mean > 0.8
+    assert evaluate(everything, toy, few, 0).accuracy.mean() > 0.8
