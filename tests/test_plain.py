@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,17 @@ from helpers import generator, toy_data
 from lib.distill import distill
 from lib.match.features import ClassMean
 from lib.match.style import Diversity, Gram, Moments
+from lib.methods import METHODS
 from lib.methods import method as class_of
 from lib.nets.supply import Fresh, Queue
 from lib.plain import plain, text
 from lib.recover.teacher import Teacher
+from lib.select.proxy import Proxy
+from lib.select.rules import RULES
 from lib.select.sampler import Representative
+from lib.system.files import ROOT
 
-NET = "convnet-d2-w4"
+ROOM, NET = ROOT / "lib" / "plain", "convnet-d2-w4"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ DSA = class_of("dsa")(**MATCHED)
 DCC = class_of("dcc")(**MATCHED, warm_outer=1, warm_inner=2)
 LCMAT_C = class_of("lcmat_c")(**MATCHED)
 OFTEN = Representative(every=2)
+PROXY = Proxy("mlp", epochs=3, lr=0.02, batch=16)
+CHOSEN = {"proxy": PROXY, "repeats": 2, "neighbours": 3, "iterations": 4}
 # name -> cases; the settings are those that the plain version reads
 CASES = {
     "krr": [Case(class_of("krr")(map=name), rtol=1e-6) for name in ("identity", "fcnn", "fourier")],
@@ -136,6 +143,16 @@ CASES = {
     ],
     "dcep": [Case(class_of("dcep")(**ON_REAL), rtol=1e-3, atol=1e-4, channels=3)],
     "wasserstein": [Case(W2, ipc=4), Case(replace(W2, augmentation="none"), ipc=1)],
+    "random": [Case(class_of("random")(), ipc) for ipc in (1, 5)],
+    "herding": [Case(class_of("herding")(proxy=PROXY, features=kind), 5) for kind in ("proxy", "pixels")],
+    "k_center": [Case(class_of("k_center")(proxy=PROXY, features=kind), 5) for kind in ("proxy", "pixels")],
+    "lcmat_s": [Case(class_of("lcmat_s")(proxy=PROXY, eps=eps), 5) for eps in (0.01, 1.0)],
+} | {
+    rule: [
+        Case(class_of(rule)(rule=rule, **CHOSEN | {"proxy": proxy}), 5)
+        for proxy in (PROXY, replace(PROXY, until=0.6))
+    ]
+    for rule in RULES
 }
 
 
@@ -149,6 +166,8 @@ def test_the_method_equals_its_plain_version(name, case):
     got = distill(case.method, train, case.ipc, 5)
     wanted, losses = plain(name)(case.method, train, case.ipc, generator(5))
     images, labels = wanted if isinstance(wanted, tuple) else (wanted, None)
+    if got.synset.weights is not None:
+        torch.testing.assert_close(got.synset.weights, labels.float(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.synset.codes, images, rtol=case.rtol, atol=case.atol)
     if labels is not None and got.synset.soft:
         torch.testing.assert_close(got.synset.labels, labels, rtol=case.rtol, atol=case.atol)
@@ -160,4 +179,25 @@ def test_the_method_equals_its_plain_version(name, case):
 @pytest.mark.parametrize("name", CASES)
 def test_the_plain_version_can_be_read(name):
     lines = [line for line in text(name).splitlines() if line.strip()]
-    assert 8 <= len(lines) <= 45, f"lib/plain/{name}.py has {len(lines)} lines"
+    assert 4 <= len(lines) <= 45, f"lib/plain/{name}.py has {len(lines)} lines"
+
+
+def test_every_method_has_a_plain_version_and_a_case():
+    known = {path.stem for path in ROOM.glob("*.py")} - {"__init__"}
+    assert sorted(METHODS.keys() - known) == [], "no plain version"
+    assert sorted(METHODS.keys() - CASES.keys()) == [], "no case above"
+    assert sorted(known - METHODS.keys()) == [], "a plain version of no method"
+
+
+@pytest.mark.parametrize("path", sorted(ROOM.glob("*.py")), ids=lambda path: path.stem)
+def test_a_plain_version_does_not_delegate(path):
+    """What it is compared with may not do its work: nothing of the fast distances, formations, loops and kernels."""
+    own = ("lib.match", "lib.formation", "lib.nets.training", "lib.kernels", "lib.methods", "lib.distill")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        allowed = {"lib.methods", "lib.methods.METHODS"} if path.stem == "__init__" else set()
+        wrong = [name for name in names if name.startswith(own) and name not in allowed]
+        assert not wrong, f"{path.name} imports {wrong}"

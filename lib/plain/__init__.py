@@ -237,3 +237,10 @@ def pixel_range(train) -> tuple[Tensor, Tensor]:
     return tuple(
         train.transform.forward(torch.full((train.channels, 1, 1), v).to(train.images)) for v in (0.0, 1.0)
     )
+
+
+def gradients(z: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    r"""$g_i=[e_i;\ \mathrm{vec}(e_ih_i^\top)],\ e=p-y$: of the cross-entropy of every image by the last layer, ``(n, C (1 + d))``, from
+    its logits ``(n, C)``, inputs ``(n, d)`` and labels."""
+    e = z.softmax(1) - F.one_hot(y, z.shape[1])
+    return torch.cat([e, (e[:, :, None] * h[:, None, :]).flatten(1)], 1)
