@@ -154,6 +154,7 @@ CASES = {
     ]
     for rule in RULES
 }
+CASES["gradmatch"].append(Case(class_of("gradmatch")(rule="gradmatch", proxy=PROXY), 1))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def gradmatch(p, train, ipc, g):
             K = G[A] @ G[A].T + (p.ridge if len(A) > 1 else 0) * torch.eye(len(A))
             r = b - torch.linalg.solve(K, G[A] @ b) @ G[A]
         x = torch.as_tensor(nnls(K.double().numpy(), (G[A] @ b).double().numpy())[0]).float()
+        x = x if ipc > 1 else torch.ones(1)
         S += [j for j, weight in zip(A, x, strict=True) if weight > 0]
         weights.append(x[x > 0])
     return (train.images[S], torch.cat(weights)), []
