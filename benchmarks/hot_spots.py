@@ -104,27 +104,32 @@ def _pixels(state) -> tuple[Tensor, torch.optim.Optimizer]:
 STEPS = 2  # of a distillation in one timed call
 
 
-def distillation(setting: Setting, title: str, name: str, methods: dict) -> HotSpot:
+def distillation(
+    setting: Setting, title: str, name: str, methods: dict, train=None, ipc: int | None = None
+) -> HotSpot:
     """All steps of a method beside its plain version (``lib.plain``), which draws the same random numbers: networks are made,
     real images drawn and augmented, stored images updated.
 
     Args:
         methods: candidate -> settings; the plain version reads those of the first.
+        train, ipc: other real images, and images per class, than the setting's.
     """
-    train, slow = setting.images(max(setting.real, 4 * setting.ipc), 0), plain(name)
+    ipc, slow = ipc or setting.ipc, plain(name)
+    train = train or setting.images(max(setting.real, 4 * ipc), 0)
     first = next(iter(methods.values()))
 
     def fast(method) -> tuple[Tensor, Tensor]:
         g = setting.generator(1)
-        state = method.begin(train, setting.ipc, g)
-        losses = [method.step(state, g)["loss"] for _ in range(method.total_steps(setting.ipc))]
+        state = method.begin(train, ipc, g)
+        losses = [method.step(state, g)["loss"] for _ in range(method.total_steps(ipc))]
         return method.finish(state).codes, torch.stack(losses)
 
     def reference_run() -> tuple[Tensor, list[float]]:
-        return slow(first, train, setting.ipc, setting.generator(1))
+        made, losses = slow(first, train, ipc, setting.generator(1))
+        return made[0] if isinstance(made, tuple) else made, losses  # the labels too, where these are learned
 
     def check() -> dict[str, float]:
-        start = first.finish(first.begin(train, setting.ipc, setting.generator(1))).codes
+        start = first.finish(first.begin(train, ipc, setting.generator(1))).codes
         images, losses = reference_run()
         worst = {}
         for candidate, method in methods.items():
@@ -134,7 +139,7 @@ def distillation(setting: Setting, title: str, name: str, methods: dict) -> HotS
         return worst
 
     calls = {candidate: lambda method=method: fast(method) for candidate, method in methods.items()}
-    units = first.total_steps(setting.ipc)
+    units = first.total_steps(ipc)
     return HotSpot(title, "step", units, {REFERENCE: reference_run} | calls, check, _tolerances(methods))
 
 

@@ -1,42 +1,31 @@
-"""The hot spots of the kernel methods, each beside the straightforward way; all in 64 bits unless a candidate says otherwise."""
+"""The hot spots of the kernel methods, each beside ``lib.plain``; all in 64 bits unless a candidate says otherwise."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import REFERENCE, HotSpot, difference
-from benchmarks.hot_spots import Setting
+from benchmarks.hot_spots import STEPS, Setting, distillation
 from lib import data
 from lib.kernels import ridge
-from lib.kernels.closed_form import RidgePath, cyclic_labels, ridge_path
+from lib.kernels.closed_form import RidgePath, ridge_path
 from lib.kernels.conv import convolutional
-from lib.kernels.feature_maps import Blocks, random_blocks
+from lib.kernels.fc import SIGMA_B, SIGMA_W
 from lib.methods.kip import KIP
-from lib.methods.krr import KRR, MAPS, columns, feature_map
+from lib.methods.krr import KRR, MAPS, columns
 from lib.methods.rfad import RFAD
+from lib.plain.conv_kip import convnet_ntk
+from lib.plain.kip import ntk
+from lib.plain.krr import krr as plain_krr
+from lib.plain.krr import teacher
 
 LAMBDAS = 10 ** torch.arange(-6, 5.75, 0.5, dtype=torch.float64)  # the published grid of 24
 IPCS = (1, 5, 10, 50)
 
 
 # -- KRR ----------------------------------------------------------------------------------------------------------------
-
-
-def plain_search(phi: Tensor, y: Tensor, phi_val: Tensor, labels: Tensor) -> Tensor:
-    """The published loop: for every lambda a least-squares solution of (phi phi^T + lambda I) W^T = phi Y^T; W (k, p)."""
-    gram, moment = phi @ phi.T, phi @ y.T
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    best, kept = -1.0, None
-    for lam in LAMBDAS.tolist():
-        w = torch.linalg.lstsq(gram + lam * eye, moment).solution.T
-        accuracy = ((w @ phi_val).argmax(0) == labels).double().mean().item()
-        if accuracy > best:
-            best, kept = accuracy, w
-    return kept
 
 
 def krr_search(setting: Setting) -> HotSpot:
@@ -59,7 +48,7 @@ def krr_search(setting: Setting) -> HotSpot:
         return found(float(LAMBDAS[found.best(LAMBDAS, phi_val, labels)[0]]))
 
     def plain() -> Tensor:
-        return plain_search(phi, y[:, ~held_out], phi_val, labels)
+        return teacher(phi, y[:, ~held_out], LAMBDAS, phi_val, labels)
 
     name = "one eigendecomposition"
     most = 1 if setting.side == 32 and setting.device.type == "cpu" else None  # the loop takes a minute
@@ -67,28 +56,6 @@ def krr_search(setting: Setting) -> HotSpot:
         "KRR ridge search", "search", 1, {REFERENCE: plain, name: ours},
         lambda: {name: difference(ours(), plain())}, {name: 1e-6}, most,
     )  # fmt: skip
-
-
-def plain_krr(method: KRR, train, ipc: int, generator: torch.Generator) -> Tensor:
-    """Algorithm 1 as published, step by step, with the library's order of draws: images (m, d)."""
-    d, k = math.prod(train.shape), train.num_classes
-    about = {"name": method.map, "features": d, "layers": 1, "slope": 0.1, "variance": None, "inputs": d}
-    about["seed"] = int(torch.randint(2**31, (), generator=generator))
-    phi = feature_map(about)
-    order = torch.randperm(len(train), generator=generator)
-    count = round(0.05 * len(train))
-    x, y = columns(train.images), F.one_hot(train.labels, k).T.double()
-    w = plain_search(
-        phi(x[:, order[count:]]), y[:, order[count:]], phi(x[:, order[:count]]), train.labels[order[:count]]
-    )
-    y_s = cyclic_labels(k, ipc)[:, torch.arange(k * ipc).view(ipc, k).T.flatten()]  # class by class
-    spread = (torch.linalg.pinv(y_s) @ w).std()
-    z = 0.1 * spread * torch.randn(k * ipc, d, generator=generator, dtype=torch.float64)
-    pinv = torch.linalg.pinv(y_s)
-    phi_s = torch.linalg.pinv(pinv @ w + (torch.eye(k * ipc, dtype=z.dtype) - pinv @ y_s) @ z)
-    x_s = phi.inverse(phi_s)
-    assert F.cosine_similarity((y_s @ torch.linalg.pinv(phi(x_s))).flatten(), w.flatten(), 0) > 0.99
-    return x_s.T
 
 
 def krr_digits(setting: Setting) -> HotSpot:
@@ -106,12 +73,12 @@ def krr_digits(setting: Setting) -> HotSpot:
         return sets
 
     def plain() -> list:
-        return [plain_krr(method, train, ipc, torch.Generator().manual_seed(0)) for method, ipc in jobs]
+        return [plain_krr(method, train, ipc, torch.Generator().manual_seed(0))[0][0] for method, ipc in jobs]
 
     def check() -> dict[str, float]:
         worst = 0.0
         for synset, images in zip(ours(), plain(), strict=True):
-            worst = max(worst, difference(synset.images.flatten(1), images))
+            worst = max(worst, difference(synset.images, images))
         return {name: worst}
 
     name = "one eigendecomposition"
@@ -121,26 +88,6 @@ def krr_digits(setting: Setting) -> HotSpot:
 # -- KIP ----------------------------------------------------------------------------------------------------------------
 
 SUPPORT, TARGETS = 100, 1000
-
-
-def plain_fc(x: Tensor, z: Tensor) -> Tensor:
-    """NTK of one hidden layer, operation by operation; coincident inputs get the value without a gradient."""
-    d = x.shape[1]
-    k, q, r = (
-        2 * x @ z.T / d + 0.01,
-        2 * x.square().mean(1)[:, None] + 0.01,
-        2 * z.square().mean(1)[None] + 0.01,
-    )
-    size = torch.sqrt(q * r)
-    cosine = k / size
-    same = 1 - cosine.square() <= 1e-6 if k.dtype == torch.float32 else 1 - cosine.square() <= 1e-14
-    theta = torch.where(same, 0.0, torch.arccos(torch.where(same, 0.0, cosine)))
-    value = (
-        size
-        / (2 * math.pi)
-        * (torch.sin(theta) + (math.pi - theta) * torch.where(same, 1.0, torch.cos(theta)))
-    )
-    return 2 * value + 0.01 + 2 * k * (math.pi - theta) / (2 * math.pi)
 
 
 def plain_regression(k_ss: Tensor, k_ts: Tensor, y_s: Tensor, y_t: Tensor) -> Tensor:
@@ -172,8 +119,9 @@ def kip_fc(setting: Setting) -> HotSpot:
         return loss, torch.autograd.grad(loss, pixels)[0]
 
     def plain() -> tuple[Tensor, Tensor]:
-        flat = pixels.flatten(1)
-        loss = plain_regression(plain_fc(flat, flat), plain_fc(wide.flatten(1), flat), y_s, y_t)
+        loss = plain_regression(
+            ntk(pixels, pixels, 1, SIGMA_W, SIGMA_B), ntk(wide, pixels, 1, SIGMA_W, SIGMA_B), y_s, y_t
+        )
         return loss, torch.autograd.grad(loss, pixels)[0]
 
     methods = {"closed-form derivative": KIP(), "K_ts in 32 bits": KIP(precision="mixed")}
@@ -183,46 +131,6 @@ def kip_fc(setting: Setting) -> HotSpot:
         lambda: {name: _compared(call(), plain()) for name, call in steps.items()},
         dict(zip(steps, (1e-10, 1e-5), strict=False)),
     )  # fmt: skip
-
-
-def plain_conv(x: Tensor, z: Tensor) -> Tensor:
-    """NTK of ConvNet3 between all pairs of images, everything kept: 4-dimensional pixel pairs, shifted sums, autograd."""
-    n, m = len(x), len(z)
-
-    def average(k: Tensor) -> Tensor:
-        h = k.shape[-1]
-        padded = F.pad(k, (1, 1) * 4)
-        return (
-            sum(padded[..., i : i + h, j : j + h, i : i + h, j : j + h] for i in range(3) for j in range(3))
-            / 9
-        )
-
-    def pool(k: Tensor) -> Tensor:
-        for axis in (1, 2, 3, 4):
-            k = k.unflatten(axis, (-1, 2)).mean(axis + 1)
-        return k
-
-    def relu(k: Tensor, q: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        q, r = (v.flatten(1, 2).flatten(2).diagonal(dim1=1, dim2=2).view(v.shape[:3]) for v in (q, r))
-        size = torch.sqrt(q[:, :, :, None, None] * r[:, None, None])
-        root = torch.sqrt((size.square() - k.square()).clamp_min(1e-30))
-        theta = torch.atan2(root, k)
-        return (root + (math.pi - theta) * k) / (2 * math.pi), (math.pi - theta) / (2 * math.pi)
-
-    def start(a: Tensor, b: Tensor) -> Tensor:
-        return torch.einsum("nchw,nckl->nhwkl", a, b) / a.shape[1]
-
-    pairs = torch.arange(n * m, device=x.device)
-    k, q, r = start(x[pairs // m], z[pairs % m]), start(x, x), start(z, z)
-    ntk = torch.zeros_like(k)
-    for _ in range(3):
-        k, q, r = (2 * average(v) + 0.01 for v in (k, q, r))
-        ntk = 2 * average(ntk) + k
-        k, active = relu(k, q[pairs // m], r[pairs % m])
-        q, r = relu(q, q, q)[0], relu(r, r, r)[0]
-        k, q, r, ntk = (pool(v) for v in (k, q, r, ntk * active))
-    ntk, k = (v.flatten(1, 2).flatten(2).diagonal(dim1=1, dim2=2).mean(1) for v in (ntk, k))
-    return (2 * ntk + 2 * k + 0.01).view(n, m)
 
 
 def kip_conv(setting: Setting, gradient: bool) -> HotSpot:
@@ -242,7 +150,7 @@ def kip_conv(setting: Setting, gradient: bool) -> HotSpot:
         return (k, torch.autograd.grad((k * weight).sum(), z)[0]) if gradient else (k,)
 
     def plain() -> tuple[Tensor, ...]:
-        return call(plain_conv)
+        return call(convnet_ntk)
 
     def ours() -> tuple[Tensor, ...]:
         return call(lambda a, b: convolutional(a, b, "convnet3").ntk)
@@ -262,56 +170,11 @@ def _compared(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> float:
 # -- RFAD ---------------------------------------------------------------------------------------------------------------
 
 
-def plain_features(x: Tensor, blocks: Blocks) -> Tensor:
-    """One network after the other, all images at once."""
-    parts = []
-    for j in range(len(blocks[0][0])):
-        h = x
-        for weight, bias in blocks:
-            h = F.avg_pool2d(F.relu(F.conv2d(h, weight[j], bias[j], padding=1)), 2)
-        parts.append(h.flatten(1))
-    phi = torch.cat(parts, 1)
-    return phi / math.sqrt(phi.shape[1])
-
-
-def plain_rfad(method: RFAD, state, blocks: Blocks, generator: torch.Generator) -> Tensor:
-    """The published step at given networks, as it is written there: a loop over networks, a general solver in 64 bits."""
-    rows = torch.randperm(len(state.train), generator=generator, device=generator.device)[: method.real_batch]
-    with torch.no_grad():
-        phi_t = plain_features(state.train.images[rows], blocks)
-    phi_s = plain_features((state.pixels.flatten(1) @ state.transform).view(state.pixels.shape), blocks)
-    k_ss, k_ts = 2 * phi_s @ phi_s.T + 0.01, 2 * phi_t @ phi_s.T + 0.01
-    k_ss = k_ss + method.ridge * k_ss.trace() / len(k_ss) * torch.eye(len(k_ss), device=k_ss.device)
-    prediction = k_ts.double() @ torch.linalg.solve(k_ss.double(), state.labels.double())
-    loss = F.cross_entropy(state.log_scale.exp() * prediction, state.train.labels[rows])
-    state.optimiser.zero_grad()
-    loss.backward()
-    state.optimiser.step()
-    return loss.detach()
-
-
 def rfad_step(setting: Setting) -> HotSpot:
-    """One step of RFAD at IPC 10: 8 new networks of the setting's size, 1280 real images, images, labels and T updated."""
-    train = setting.images(128, 0)
-    method = RFAD(width=setting.width, depth=setting.depth, batches=1, validate_every=0)
-
-    def begin():
-        return method.begin(train, 10, setting.generator(1))
-
-    def plain(state, generator: torch.Generator) -> Tensor:
-        blocks = random_blocks(8, 3, generator, setting.width, setting.depth, device=setting.device)
-        return plain_rfad(method, state, blocks, generator)
-
-    def check() -> dict[str, float]:
-        mine, reference = begin(), begin()
-        losses = method.step(mine, setting.generator(2))["loss"], plain(reference, setting.generator(2))
-        pairs = [losses, (mine.pixels.grad, reference.pixels.grad), (mine.labels.grad, reference.labels.grad)]
-        return {name: max(difference(ours, reference) for ours, reference in pairs)}
-
-    name, states, g = "one grouped network", (begin(), begin()), setting.generator(3)
-    candidates = {REFERENCE: lambda: plain(states[0], g), name: lambda: method.step(states[1], g)["loss"]}
-    most = 3 if setting.side == 32 and setting.device.type == "cpu" else None
-    return HotSpot("RFAD step", "step", 1, candidates, check, {name: 1e-2}, most)
+    """Steps of RFAD at IPC 10: 8 new networks of the setting's size, 1280 real images, images, labels and T updated."""
+    method = RFAD(iterations=STEPS, width=setting.width, depth=setting.depth, batches=1, validate_every=0)
+    methods = {"one grouped network": method}
+    return distillation(setting, "RFAD step", "rfad", methods, setting.images(128, 0), 10)
 
 
 KERNEL_SPOTS = {
