@@ -15,7 +15,7 @@ import pytest
 import torch
 from nbval.plugin import get_sanitize_patterns
 
-from lib.companion import provenance, start, tables, verdicts
+from lib.companion import contents, provenance, start, tables, verdicts
 from lib.companion.profiles import PROFILES, cases_of
 from lib.evaluate.spread import Spread
 from lib.system.errors import CompanionError
@@ -311,6 +311,10 @@ def test_the_table_survives_the_file(begin, tmp_path):
     assert list(shown["accuracy (%)"]) == ["86.4 ± 1.2", "86.4"] and list(shown["n"]) == ["3 x 5", "1 x 1"]
     assert "published" not in shown.columns  # nothing published, no column
     assert tables.spreads(back)["DM"] == Spread.stated(86.4, 1.25, 3)
+    begin("90_leaderboard").save_table(tables.rows_to_frame(rows))
+    assert (
+        len(tables.read_tables(tmp_path / "results")) == 2
+    )  # what another notebook copies does not count twice
     (tmp_path / "results/cpu/20_dm/table.csv").write_text("foreign,columns\n1,2\n")
     assert tables.read_tables(tmp_path / "results").empty
 
@@ -378,3 +382,11 @@ def test_a_spread_is_written_alike_everywhere():
     assert Spread.stated(48.9, 0.6).text(count=True) == "48.9 ± 0.6"  # a paper that does not say how many
     shown = tables.readable(pd.DataFrame({"accuracy": [spread, None]}))
     assert list(shown["accuracy"]) == ["86.4 ± 1.2", ""]
+
+
+def test_the_list_of_notebooks_comes_from_their_table_and_the_registry():
+    text = contents.contents()
+    assert all(f"]({path.name})" in text for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert "[20_dm](20_dm.ipynb)" in text and "Zhao & Bilen 2023" in text
+    assert contents.methods_of("13_lcmat") == ["lcmat_c", "lcmat_s"]
+    assert set(contents.FAMILIES) == {str(digit) for digit in range(10)}

@@ -117,7 +117,8 @@ def rows_to_frame(rows: Iterable[Row]):
 def read_tables(folder: Path | str, name: str = "table"):
     """The rows of every ``<run>/<notebook>/<name>.csv`` under ``folder`` in one frame, with a leading column ``run``.
 
-    Files that lack the tidy columns are passed over; no file at all gives an empty frame.
+    Files that lack the tidy columns are passed over, and so are copies: rows of another notebook than the folder's. No file at all
+    gives an empty frame.
     """
     import pandas as pd
 
@@ -127,6 +128,7 @@ def read_tables(folder: Path | str, name: str = "table"):
         frame = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
         if set(COLUMNS) <= set(frame.columns):
             frame = frame[list(COLUMNS)].fillna(dict.fromkeys(TEXTS, ""))
+            frame = frame[frame["notebook"] == path.parent.name]
             frames.append(frame.assign(run=path.parent.parent.name))
     columns = ["run", *COLUMNS]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)

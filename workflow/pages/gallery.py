@@ -16,6 +16,7 @@ from itertools import count, groupby
 from pathlib import Path
 from urllib.parse import quote
 
+from lib.companion.contents import FAMILIES
 from lib.companion.profiles import PROFILES
 from lib.companion.run import output_root
 from lib.companion.verdicts import FAILED, HELD
@@ -28,19 +29,6 @@ LEAD = (
     "A few synthetic images that teach a network what the whole training set would. "
     "Each card is one method or question run on real data, the paper's claims checked on what was measured."
 )
-# the first digit of a notebook's number
-FAMILIES = {
-    "0": "Begin here",
-    "1": "Performance: what training on the set leads to",
-    "2": "Distributions of features",
-    "3": "Augmentation: what a stored image is trained on as",
-    "4": "Data space: where images are searched for",
-    "5": "Model space: which networks look",
-    "6": "Losses: what else is compared",
-    "7": "Efficiency: which real images are looked at",
-    "8": "Selection and analysis",
-    "9": "Everything together",
-}
 
 
 def build(root: Path, notebooks: Path | None = None) -> list[Path]:
