@@ -316,23 +316,23 @@ def bars(
     if digits is None:
         digits = 1 if xlabel == ACCURACY else _digits(max(abs(one.mean) for one in spreads.values()))
     fig, ax = _axes(height=1.2 + 0.38 * len(spreads))
-    halo = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
+    beside = (
+        ax.get_yaxis_transform()
+    )  # the numbers stand in a column of their own, where no line crosses them
     for k, (name, spread) in enumerate(spreads.items()):
         look = {"color": HUE if name == highlight else TINT, "edgecolor": "white", "hatch": ""}
         look = {"color": GREY, "edgecolor": "white", "hatch": "///"} if name in grey else look
         sd = spread.sd if np.isfinite(spread.sd) else None
         ax.barh(k, spread.mean, xerr=sd, height=0.62, ecolor=INK, capsize=3, linewidth=0, **look)
-        end = spread.mean + (sd or 0)
-        style = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "size": 8.5, "bbox": halo}
         weight = "bold" if name == highlight else "normal"
-        ax.annotate(spread.text(digits), (end, k), weight=weight, **style)
+        ax.text(1.02, k, spread.text(digits), transform=beside, va="center", size=8.5, weight=weight)
     if reference is not None:
         line = {"color": INK, "linestyle": LEVELS[0], "linewidth": 1.1, "zorder": 1}
         ax.axvline(spread_of(reference[1], "bars").mean, label=reference[0], **line)
         fig.legend(loc="outside lower right")
     ax.set(xlabel=xlabel, title=title, yticks=range(len(spreads)))
     ax.set_yticklabels(list(spreads))
-    ax.margins(x=0.16)
+    ax.margins(x=0.04)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return fig
@@ -352,7 +352,8 @@ def cost_scatter(values: Mapping, seconds: Mapping, title: str = ""):
     fig, ax = _axes()
     for k, (name, value) in enumerate(values.items()):
         (mean,), (sd,) = _moments([spread_of(value, "cost_scatter")])
-        look = {"color": PALETTE[k % 10], "marker": MARKERS[k % 10], "capsize": 3, "linestyle": "none"}
+        marker = MARKERS[(k + k // 10) % 10]  # no pair of colour and mark comes twice
+        look = {"color": PALETTE[k % 10], "marker": marker, "capsize": 3, "linestyle": "none"}
         ax.errorbar(seconds[name], mean, sd, label=name, **look)
     ax.set(xlabel="seconds per set", ylabel=ACCURACY, title=title, xscale="log")
     fig.legend(loc="outside right center")
