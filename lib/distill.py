@@ -124,8 +124,18 @@ def configuration_key(method: Method, train, ipc: int, seed: int) -> str:
         ipc,
         seed,
         train.device.type,
-        code_digest(type(method).__module__, __name__),
+        code_digest(*sorted(_modules(method)), __name__),
     )
+
+
+def _modules(value: Any) -> set[str]:
+    """The modules of a method and of the values in its fields: a distance is written elsewhere than the method it is given to."""
+    if isinstance(value, (tuple, list)):
+        return set().union(*map(_modules, value))
+    if not dataclasses.is_dataclass(value):
+        return set()
+    parts = (_modules(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {type(value).__module__}.union(*parts)
 
 
 class _Run:

@@ -8,21 +8,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator, toy_data
+from helpers import generator
 
 from lib import nets
 from lib.distill import distill
 from lib.formation import by_class
 from lib.match import features
-from lib.methods import cafe
-from lib.methods.cafe import CAFE, PRESETS, shared, spread
+from lib.match.distance import At, Look
+from lib.match.features import ClassMean, Discrimination, LayerMeans
+from lib.methods.cafe import CAFE, shared, spread
 from lib.methods.dm import DM
 from lib.synset import class_major
 from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 SMALL = CAFE(iterations=3, real_batch=8, network=NET, window=3, max_outer=4, max_inner=4, query=5)
-OFF = replace(SMALL, weights=(0, 0, 0, 0), beta=0.0, schedule="fixed", max_outer=1)
+OFF = replace(SMALL, distance=ClassMean(), schedule="fixed", max_outer=1)
 
 
 def begun(toy, method=SMALL, ipc=2, seed=0):
@@ -68,52 +69,55 @@ def test_the_rate_is_halved_at_the_published_parts_of_the_run(toy):
     }
 
 
+def looks(method, state, generator, *images):
+    """What a new network shows of class batches."""
+    network = method.networks.draw(state.supply, generator)
+    return [Look(network, one, method.distance.taps) for one in images]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_terms_are_the_published_loss(toy, depth):
     method = replace(SMALL, network=f"convnet-d{depth}-w4")
     state, g = begun(toy, method)
-    network = method.encoder(state, g)
-    real, syn = state.train.sample(6, g), by_class(state.pixels, 3)
-    found = method.terms(state, method.observe(network, real), method.observe(network, syn))
-    maps = []
-    for images in (real, syn):
-        acts, embedding = network.look(images.flatten(0, 1), "act")
-        maps.append([by_class(one, 3) for one in [*acts, embedding]])
-    want = features.cafe(*maps, (0.1, 0.1, 1.0, 1.0)[3 - depth :], 0.01)
-    torch.testing.assert_close(sum(found.values()), want)
+    real, syn = looks(method, state, g, toy.train.sample(6, generator(1)), by_class(state.pixels, 3))
+    found = method.distance.between(real, syn)
     assert list(found) == ["mean", *(f"relu{i}" for i in range(1, depth + 1)), "pool", "discrimination"]
+    weights = (0.1, 0.1, 1.0)[3 - depth :]
+    for i, weight in enumerate(weights):
+        a, b = (one.maps("act")[i].flatten(2) for one in (real, syn))
+        torch.testing.assert_close(found[f"relu{i + 1}"], weight * features.class_mean(a, b))
     assert torch.equal(found["pool"], found["mean"])  # A_4 = A_5: the embedding is the last map
-    mean = replace(method, discrimination="mean").terms(
-        state, method.observe(network, real), method.observe(network, syn)
-    )
-    torch.testing.assert_close(mean["discrimination"] * 18, found["discrimination"])
+    disc = features.discrimination(real.embedding, syn.embedding)
+    torch.testing.assert_close(found["discrimination"], 0.01 * disc)
+    mean = Discrimination(reduction="mean").between(real, syn)["discrimination"]
+    torch.testing.assert_close(mean * 18, found["discrimination"])
 
 
 def test_layer_weights_at_every_depth():
     for depth, want in {
         1: (1.0, 1.0), 2: (0.1, 1.0, 1.0), 3: (0.1, 0.1, 1.0, 1.0), 4: (0.1, 0.1, 0.1, 1.0, 1.0),
     }.items():  # fmt: skip
-        assert CAFE().layer_weights(depth) == want
+        assert LayerMeans().at_depth(depth) == want
 
 
 def test_of_equal_sets_only_the_discrimination_is_left(toy):
     method = replace(SMALL, real_batch=20, init="real")
     state, g = begun(toy, method, ipc=20)
-    network = method.encoder(state, g)
-    same = method.observe(network, by_class(state.pixels, 3))
-    found = method.terms(state, [one.detach() for one in same], same)
+    (same,) = looks(method, state, g, by_class(state.pixels, 3))
+    found = method.distance.between(same, same)
     assert found["discrimination"].min() > 1e-3
     assert all(term.abs().max() == 0 for name, term in found.items() if name != "discrimination")
 
 
 def test_the_networks_own_cross_entropy_would_not_move_the_images(toy):
     state, g = begun(toy)
-    network = SMALL.encoder(state, g).requires_grad_()
+    network = SMALL.networks.draw(state.supply, g).requires_grad_()
     real = state.train.sample(6, g)
     syn = state.pixels.detach().clone().requires_grad_()
     with torch.no_grad():
-        target = SMALL.observe(network, real)
-    loss = sum(t.sum() for t in SMALL.terms(state, target, SMALL.observe(network, by_class(syn, 3))).values())
+        target = SMALL.distance.observe(Look(network, real))
+    current = SMALL.distance.observe(Look(network, by_class(syn, 3)))
+    loss = sum(term.sum() for term in SMALL.distance.terms(target, current, At()).values())
     entropy = F.cross_entropy(network(real.flatten(0, 1)), class_major(3, 6, "cpu"))
     (alone,) = torch.autograd.grad(loss, syn, retain_graph=True)
     (both,) = torch.autograd.grad(loss + entropy, syn)
@@ -211,7 +215,7 @@ def test_the_fixed_schedule_asks_nothing(toy):
 
 def test_the_network_that_is_trained_is_the_one_that_is_looked_at(toy):
     state, g = begun(toy)
-    network = SMALL.encoder(state, g)
+    network = SMALL.networks.draw(state.supply, g)
     before = network.classifier.weight.clone()
     SMALL.train_network(network, state, g)
     assert not torch.equal(network.classifier.weight, before)
@@ -255,7 +259,7 @@ def test_resume_is_bit_identical(toy, tmp_path, changes):
         distill(method, toy.train, 2, 7, checkpoint=path, checkpoint_seconds=0.0, callback=stop)
     first = []
     again = distill(method, toy.train, 2, 7, checkpoint=path, callback=lambda step, *_: first.append(step))
-    assert first[0] == 11 and torch.equal(again.synset.codes, calm.synset.codes)
+    assert first[0] == 12 and torch.equal(again.synset.codes, calm.synset.codes)
     assert again.history.keys() == calm.history.keys()
     assert all(torch.equal(again.history[k], calm.history[k]) for k in calm.history)
 
@@ -272,25 +276,14 @@ def test_the_loss_falls_and_the_history_is_whole(toy):
     assert torch.equal(counts, found["inner"]) and (found["outer"] <= 4).all()
 
 
-def test_every_preset_is_of_the_class_and_runs_small():
-    for name, method in PRESETS.items():
-        assert isinstance(method, CAFE), name
-        if not name.startswith("paper"):
-            data = toy_data(per_class=8, channels=3, size=16)
-            small = replace(method, iterations=1, max_outer=2, max_inner=1, network="convnet-d3-w4")
-            assert distill(small, data.train, 1, 0).history["loss"].isfinite().all()
-    assert PRESETS["paper"] == CAFE() and PRESETS["paper-dsa"].augmentation == "data"
-
-
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"discrimination": "total"}, "unknown discrimination 'total'; allowed: mean, sum"),
         ({"schedule": "dynamics"}, "unknown schedule 'dynamics' .*'dynamic'.*allowed: dynamic, fixed"),
-        ({"max_inner": 0}, "max_inner 0 of CAFE is not allowed: at least 1"),
-        ({"window": -1}, "window -1"),
-        ({"query": 0}, "query 0"),
-        ({"network": "mlp"}, "CAFE looks into the blocks of a ConvNet, not of 'mlp'"),
+        ({"max_inner": 0}, "max_inner must be a whole number of at least 1, not 0"),
+        ({"window": -1}, "window must be a whole number .*not -1"),
+        ({"query": 0}, "query must be a whole number .*not 0"),
+        ({"network": "mlp"}, "LayerMeans looks at maps, MLP has none to tap: allowed is a convnet-"),
         ({"init": "reel"}, "unknown init 'reel'"),
     ],
 )
@@ -300,14 +293,16 @@ def test_bad_settings_are_one_line(toy, changes, says):
     assert "\n" not in str(caught.value)
 
 
-def test_published_settings():
-    """The script's values."""
-    method = cafe.PRESETS["paper"]
-    assert (method.iterations, method.lr, method.momentum, method.lr_network) == (2000, 0.1, 0.5, 0.01)
-    assert (method.real_batch, method.query, method.window) == (256, 128, 10)
-    assert (method.saturated, method.moved, method.beta) == (0.04, 0.03, 0.01)
-    assert (
-        method.weights == (0.1, 0.1, 1.0, 1.0)
-        and method.init == "noise"
-        and method.network == "convnet-d3-w128"
-    )
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Discrimination(reduction="total"), "unknown discrimination 'total'; allowed: mean, sum"),
+        (lambda: Discrimination(-1.0), "weight -1.0 of Discrimination is not allowed: it must be positive"),
+        (lambda: LayerMeans((1.0,)), r"weights \(1.0,\) of LayerMeans .*two or more"),
+        (lambda: LayerMeans((1.0, -0.1)), r"weights \(1.0, -0.1\) of LayerMeans .*none of them negative"),
+    ],
+)
+def test_a_distance_that_does_not_exist_is_one_line(make, says):
+    with pytest.raises(CompanionError, match=says) as caught:
+        make()
+    assert "\n" not in str(caught.value)

@@ -21,6 +21,7 @@ from helpers import toy_data
 from lib import distill as module
 from lib.distill import configuration_key, distill, pack, read_checkpoint, unpack
 from lib.formation.start import pixel_set
+from lib.match.style import Gram
 from lib.methods.dc import DC
 from lib.methods.dm import DM
 from lib.methods.selection import RandomReal
@@ -437,8 +438,11 @@ def test_the_key_holds_everything(toy, monkeypatch):
     asked = []
     monkeypatch.setattr(module, "code_digest", lambda *names: asked.append(names) or "other code")
     others.append(configuration_key(SMALL, toy.train, 2, 7))
-    assert asked == [("lib.methods.dm", "lib.distill")]
+    (modules,) = asked
+    assert {"lib.methods.dm", "lib.match.features", "lib.nets.supply", "lib.distill"} <= set(modules)
     assert len({key, *others}) == 7
+    configuration_key(replace(SMALL, distance=SMALL.distance + Gram(1e3)), toy.train, 2, 7)
+    assert set(asked[1]) - set(modules) == {"lib.match.style", "lib.match.distance"}
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""IDM: against DM, against its algorithm written out with plain modules, and the queue's bookkeeping."""
+"""IDM: against DM, and the bookkeeping of its queue."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from test_distill import interrupted, same
 
 from lib import nets
 from lib.distill import distill
-from lib.formation import decode_by_class, mosaic
+from lib.formation import Pixels, decode_by_class, mosaic
 from lib.formation.mosaic import Mosaic
 from lib.formation.start import initial_codes
-from lib.match import features
-from lib.methods import idm
+from lib.match.features import ClassAware, ClassMean
 from lib.methods.dm import DM
 from lib.methods.idm import IDM
+from lib.nets.supply import Fresh, Queue
 from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
-SMALL = IDM(iterations=7, lr=0.4, real_batch=8, network=NET, augmentation="none", queue=4, start=2, interval=2, fetch=2,
-            train_steps=3, train_batch=16, train_lr=0.05, ce_weight=0.1, sequential=False)  # fmt: skip
-OFF = {"ce_weight": 0.0, "queue": 1, "start": 0, "interval": 1, "train_steps": 0, "factor": 1}
+QUEUE = Queue(4, start=2, interval=2, fetch=2, steps=3, batch=16, lr=0.05)
+SMALL = IDM(iterations=7, lr=0.4, real_batch=8, network=NET, augmentation="none", networks=QUEUE,
+            distance=ClassMean() + ClassAware(0.1), sequential=False)  # fmt: skip
+OFF = {"distance": ClassMean(), "networks": Queue(1, start=0, interval=1, steps=0), "formation": Pixels()}
+
+
+def queued(**changes) -> IDM:
+    """SMALL with another queue."""
+    return replace(SMALL, networks=replace(QUEUE, **changes))
 
 
 def steps(method, toy, ipc=1, count=None):
@@ -38,7 +44,7 @@ def steps(method, toy, ipc=1, count=None):
 
 def weights(state):
     """One number per slot that tells networks apart."""
-    return state.networks.parameters["classifier.weight"].flatten(1).double().sum(1)
+    return state.supply.networks.parameters["classifier.weight"].flatten(1).double().sum(1)
 
 
 # -- DM -----------------------------------------------------------------------------------------------------------------
@@ -53,132 +59,52 @@ def test_options_off_is_dm_bit_for_bit(toy, augmentation):
     assert torch.equal(ours.history["loss"], dm.history["loss"])
 
 
-def test_a_zero_weight_leaves_no_trace(toy):
-    on, off = (distill(replace(SMALL, ce_weight=w), toy.train, 1, 5).history for w in (0.1, 0.0))
+def test_without_the_cross_entropy_nothing_is_left_of_it(toy):
+    on, off = (
+        distill(replace(SMALL, distance=distance), toy.train, 1, 5).history
+        for distance in (SMALL.distance, ClassMean())
+    )
     assert on.keys() == {"loss", "mean", "cross-entropy", "accuracy"} and off.keys() == {"loss"}
     torch.testing.assert_close(on["loss"], on["mean"] + on["cross-entropy"])
     assert off["loss"][0] == on["mean"][0]  # nothing is trained yet
 
 
-# -- the algorithm written out ------------------------------------------------------------------------------------------
-
-
-class Member:
-    """A network with an optimiser and a meter of its own."""
-
-    def __init__(self, train, g, method):
-        self.net = nets.make(NET, train, g)
-        self.sgd = torch.optim.SGD(
-            self.net.parameters(),
-            lr=method.train_lr,
-            momentum=method.train_momentum,
-            weight_decay=method.train_decay,
-        )
-        self.right = self.all = 0.0
-
-    def train(self, images, labels, keep):
-        logits = self.net(images)
-        self.net.zero_grad(set_to_none=False)
-        F.cross_entropy(logits, labels).backward()
-        for (
-            parameter
-        ) in self.net.parameters():  # biases without effect: decay alone, as in the published code
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        self.sgd.step()
-        self.right = keep * self.right + float((logits.argmax(1) == labels).sum())
-        self.all = keep * self.all + len(labels)
-
-    @property
-    def percent(self):
-        return 100 * self.right / self.all if self.all else 0.0
-
-
-def slow_idm(method, train, ipc, seed, keep):
-    g = generator(seed)
-    x = initial_codes(Mosaic(2), train, ipc, "mix", g).unflatten(0, (3, ipc))
-    slots = [Member(train, g, method) for _ in range(method.start)]
-    pushed, velocity, losses = method.start, torch.zeros_like(x), []
-    for step in range(method.iterations):
-        if method.meter == "reset" and step % method.reset_every == 0:
-            for member in slots:
-                member.right = member.all = 0.0
-        if step % method.interval == 0:
-            new = Member(train, g, method)
-            if len(slots) < method.queue:
-                slots.append(new)
-            else:
-                slots[pushed % method.queue] = new
-            pushed += 1
-        member = slots[int(torch.randint(len(slots), (1,), generator=g))]
-        real, leaf, loss = train.sample(method.real_batch, g), x.clone().requires_grad_(), 0
-        for c in range(3):
-            syn = mosaic.expand(leaf[c], 2)
-            target = member.net.embed(real[c]).mean(0).detach()
-            loss = loss + (target - member.net.embed(syn).mean(0)).square().sum()
-            entropy = F.cross_entropy(member.net(syn), torch.full((len(syn),), c))
-            loss = loss + method.ce_weight * member.percent * entropy
-        velocity = 0.5 * velocity + torch.autograd.grad(loss, leaf)[0]
-        x = x - method.lr * velocity
-        losses.append(loss.detach())
-        members = torch.randperm(len(slots), generator=g)[: method.fetch]
-        shape = (method.train_steps, len(members), method.train_batch)
-        for rows in torch.randint(len(train), shape, generator=g):
-            for k, row in zip(members.tolist(), rows, strict=True):
-                slots[k].train(train.images[row], train.labels[row], keep)
-    return x.flatten(0, 1), torch.stack(losses), [member.percent for member in slots]
-
-
-@pytest.mark.parametrize(("meter", "keep"), [("running", 0.9), ("reset", 1.0)])
-def test_idm_equals_the_algorithm_written_out(toy, meter, keep):
-    """Queue of separate networks with torch's own SGD against the stacked one; a network that is fetched again keeps its
-    momentum; the queue overflows twice."""
-    method = replace(SMALL, meter=meter, reset_every=4, iterations=9)
-    codes, losses, percent = slow_idm(method, toy.train, 2, 5, keep)
-    got = distill(method, toy.train, 2, 5)
-    torch.testing.assert_close(got.history["loss"], losses, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(got.synset.codes, codes, rtol=1e-3, atol=1e-3)
-    *_, (_, state, _) = steps(method, toy, 2)
-    assert torch.allclose(state.percent, torch.tensor(percent), atol=0.1) and max(percent) > 30
-    assert got.history["cross-entropy"].max() > 1
-
-
 # -- the queue ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("interval", "start", "queue"), [(1, 3, 5), (3, 0, 4), (5, 2, 2)])
-def test_the_queue_grows_then_drops_the_oldest(toy, interval, start, queue):
+@pytest.mark.parametrize(("interval", "start", "size"), [(1, 3, 5), (3, 0, 4), (5, 2, 2)])
+def test_the_queue_grows_then_drops_the_oldest(toy, interval, start, size):
     """With untrained networks: who is in the queue, step by step."""
-    method = replace(SMALL, queue=queue, start=start, interval=interval, train_steps=0)
+    method = queued(size=size, start=start, interval=interval, steps=0)
     g = generator(5)
     state = method.begin(toy.train, 1, g)
-    born = weights(state)[: state.size].tolist()  # oldest first
+    born = weights(state)[: state.supply.count].tolist()  # oldest first
     for step in range(16):
         method.step(state, g)
-        inside = weights(state)[: state.size].tolist()
+        inside = weights(state)[: state.supply.count].tolist()
         new = [w for w in inside if w not in born]
         assert len(new) == (step % interval == 0)
         born += new
-        assert state.size == min(start + 1 + step // interval, queue) == len(set(inside))
-        assert sorted(inside) == sorted(born[-queue:])
+        assert state.supply.count == min(start + 1 + step // interval, size) == len(set(inside))
+        assert sorted(inside) == sorted(born[-size:])
 
 
 def test_a_new_network_has_no_past(toy):
-    method = replace(SMALL, queue=3, interval=1, start=0, iterations=6)
-    last = None
+    method = replace(queued(size=3, interval=1, start=0), iterations=6)
     for step, state, _ in steps(method, toy):
-        if last is not None and step >= 3:
+        memory = state.supply
+        if step >= 3:
             slot = step % 3  # just replaced, then perhaps trained in the same step
-            assert state.seen[slot] <= method.train_steps * method.train_batch
-        last = state
-    method.push(state, generator())
-    slot = (state.pushed - 1) % 3
-    assert state.percent[slot] == 0 and state.seen[slot] == 0
-    assert all((v[slot] == 0).all() for v in state.velocity.parameters.values())
-    assert any((v[(slot + 1) % 3] != 0).any() for v in state.velocity.parameters.values())
+            assert memory.seen[slot] <= method.networks.steps * method.networks.batch
+    method.networks.push(memory, generator())
+    slot = (memory.pushed - 1) % 3
+    assert memory.percents[slot] == 0 and memory.seen[slot] == 0
+    assert all((v[slot] == 0).all() for v in memory.velocity.parameters.values())
+    assert any((v[(slot + 1) % 3] != 0).any() for v in memory.velocity.parameters.values())
 
 
 def test_only_the_fetched_networks_change(toy):
-    method = replace(SMALL, queue=6, start=6, interval=100, iterations=5)
+    method = replace(queued(size=6, start=6, interval=100), iterations=5)
     before = None
     for _, state, _ in steps(method, toy):
         if before is not None:
@@ -188,41 +114,79 @@ def test_only_the_fetched_networks_change(toy):
 
 
 def test_the_images_update_leaves_the_networks_alone(toy):
-    method = replace(SMALL, train_steps=0, interval=100)
+    method = queued(steps=0, interval=100)
     seen = [weights(state).clone() for _, state, _ in steps(method, toy)]
     assert all(torch.equal(seen[0], later) for later in seen)
 
 
 def test_an_empty_meter_gives_no_weight_to_the_cross_entropy(toy):
-    untrained = distill(replace(SMALL, train_steps=0), toy.train, 1, 5).history
+    untrained = distill(queued(steps=0), toy.train, 1, 5).history
     assert (untrained["cross-entropy"] == 0).all() and (untrained["accuracy"] == 0).all()
     trained = distill(replace(SMALL, iterations=60), toy.train, 1, 5).history
     assert 50 < trained["accuracy"].max() <= 100  # percent
 
 
-def test_accuracy_counts_in_percent(toy):
-    method = replace(SMALL, ce_weight=0.5)
-    state = method.begin(toy.train, 1, generator())
-    state.accuracy.fill_(37.5)
-    real, syn = ([torch.randn(3, n, 16, generator=generator(n))] for n in (8, 4))
-    terms = method.terms(state, real, syn)
-    logits, labels = state.network.classifier(syn[0]), torch.arange(3)[:, None].expand(3, 4)
-    entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, 4).mean(1)
-    torch.testing.assert_close(terms["cross-entropy"], 18.75 * entropy)
-    total = features.idm(real[0], syn[0], logits, labels, 37.5, 0.5)
-    torch.testing.assert_close(sum(terms.values()), total)
+def test_the_accuracy_of_the_network_that_is_looked_at_weighs_its_cross_entropy(toy):
+    """In percent: at 37.5 and weight 0.5 the cross-entropy counts 18.75 times."""
+    method = replace(
+        SMALL, distance=ClassMean() + ClassAware(0.5), networks=replace(QUEUE, size=1, start=1, interval=100)
+    )
+    state, g = method.begin(toy.train, 1, generator()), generator(5)
+    state.supply.pushed, state.supply.done = 1, 1  # no new network now
+    state.supply.correct.fill_(3)
+    state.supply.seen.fill_(8)
+    stored = {name: tensor[0].clone() for name, tensor in state.supply.networks.parameters.items()}
+    pixels = state.pixels.detach().clone()
+    found = method.step(state, g)
+    network = nets.make(NET, toy.train)
+    network.load_state_dict(stored)
+    images = decode_by_class(Mosaic(2), pixels.unflatten(0, (3, 1)))
+    entropy = sum(F.cross_entropy(network(images[c]), torch.full((4,), c)) for c in range(3))
+    assert found["accuracy"] == 37.5
+    torch.testing.assert_close(found["cross-entropy"], 18.75 * entropy.detach())
 
 
 def test_the_published_meter_is_cleared(toy):
-    method = replace(SMALL, meter="reset", reset_every=5, fetch=0, interval=100, queue=2)
+    method = queued(meter="reset", reset_every=5, fetch=0, interval=100, size=2)
     state, g = method.begin(toy.train, 1, generator()), generator(5)
     for step in range(7):
-        state.seen.fill_(10)
-        state.correct.fill_(5)
+        state.supply.seen.fill_(10)
+        state.supply.correct.fill_(5)
         metrics = method.step(state, g)
         assert metrics["accuracy"] == (0 if step % 5 == 0 else 50)
-    running = replace(method, meter="running")
+    running = replace(method, networks=replace(method.networks, meter="running"))
     assert all(running.step(state, g)["accuracy"] == 50 for _ in range(6))
+
+
+def test_counts_of_a_network_that_is_trained(toy):
+    """Running: what was seen earlier weighs 0.9 after every training step; published: all count alike."""
+    for meter, seen in (("running", 16 * (0.9**2 + 0.9 + 1)), ("reset", 48)):
+        method = queued(meter=meter, size=1, start=0, interval=100)
+        state = method.begin(toy.train, 1, generator())
+        method.step(state, generator(5))
+        memory = state.supply
+        assert memory.seen.item() == pytest.approx(seen) and 0 < memory.correct.item() <= seen
+
+
+def test_training_in_the_queue_is_torchs_sgd(toy):
+    """Momentum and decay, also of a network that is fetched again; the weights of the others stay."""
+    memory, queue = QUEUE.begin(NET, toy.train, generator()), replace(QUEUE, fetch=1, start=2)
+    mine = [memory.networks.network(k) for k in range(2)]
+    optimisers = [torch.optim.SGD(n.parameters(), 0.05, 0.9, weight_decay=5e-4) for n in mine]
+    g, same_draws = generator(3), generator(3)
+    for _ in range(6):
+        queue.after(memory, toy.train, g)
+        k = int(torch.randperm(2, generator=same_draws)[0])
+        for rows in torch.randint(60, (3, 1, 16), generator=same_draws):
+            weights_k = list(mine[k].requires_grad_().parameters())
+            loss = F.cross_entropy(mine[k](toy.train.images[rows[0]]), toy.train.labels[rows[0]])
+            gradients = torch.autograd.grad(loss, weights_k, materialize_grads=True)
+            for weight, gradient in zip(weights_k, gradients, strict=True):
+                weight.grad = gradient
+            optimisers[k].step()
+    for k in range(2):
+        for name, weight in mine[k].named_parameters():
+            torch.testing.assert_close(memory.networks.parameters[name][k], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ["convnet-d2-w4-batch", "mlp"])
@@ -231,7 +195,7 @@ def test_other_networks_work(toy, network):
     assert distill(method, toy.train, 2, 5).history["loss"].isfinite().all()
     if network.endswith("batch"):  # running statistics travel with their network
         *_, (_, state, _) = steps(method, toy, 2)
-        assert (state.networks.buffers["features.1.running_mean"] != 0).any()
+        assert (state.supply.networks.buffers["features.1.running_mean"] != 0).any()
 
 
 # -- mosaics ------------------------------------------------------------------------------------------------------------
@@ -263,7 +227,7 @@ def test_stored_images_count(toy):
 
 @pytest.mark.parametrize("meter", ["running", "reset"])
 def test_resume_with_the_queue(toy, tmp_path, meter):
-    method = replace(SMALL, iterations=25, meter=meter, reset_every=7, network="convnet-d2-w4-batch")
+    method = replace(queued(meter=meter, reset_every=7), iterations=25, network="convnet-d2-w4-batch")
     calm = distill(method, toy.train, 2, 7, snapshots=(0, 25))
     for at in (11, 22):
         interrupted(method, toy.train, tmp_path / f"{at}", at, snapshots=(0, 25))
@@ -273,11 +237,7 @@ def test_resume_with_the_queue(toy, tmp_path, meter):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"meter": "legacy"}, "legacy.*reset, running"),
-        ({"queue": 0}, "queue 0 "),
-        ({"interval": 0}, "interval 0 "),
-        ({"train_batch": 0}, "train_batch 0 "),
-        ({"factor": 3}, "factor 3 for 8x8 images: allowed 1, 2, 4, 8"),
+        ({"formation": Mosaic(3)}, "factor 3 for 8x8 images: allowed 1, 2, 4, 8"),
         ({"init": "wishes"}, "wishes.*noise.*real"),
         ({"network": "convnet-d9"}, "depth 9 is too deep"),
     ],
@@ -288,8 +248,27 @@ def test_bad_input_is_one_line(toy, wrong, says):
     assert "\n" not in str(caught.value)
 
 
-def test_settings():
-    p = idm.PRESETS
-    assert p["paper"] == IDM() and p["paper-ipc1"].real_batch == 5000 and p["paper-ipc1"].interval == 5
-    assert p["paper-cifar100-ipc10"].train_steps == 50 and p["paper-tinyimagenet-ipc50"].ce_weight == 0.8
-    assert p["paper-imagenet100"].queue == 50 and p["paper-imagenet100-ipc50"].factor == 1
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Queue(meter="legacy"), "legacy.*reset, running"),
+        (lambda: Queue(0), "size must be a whole number of at least 1, not 0"),
+        (lambda: Queue(interval=0), "interval must be .*not 0"),
+        (lambda: Queue(batch=0), "batch must be .*not 0"),
+        (lambda: Queue(fetch=-1), "fetch must be .*not -1"),
+        (lambda: Fresh(0), "every must be .*not 0"),
+        (lambda: ClassAware(-0.5), "weight -0.5 of ClassAware is not allowed: it must be positive"),
+        (lambda: ClassMean(float("nan")), "weight nan of ClassMean"),
+    ],
+)
+def test_a_part_that_does_not_exist_is_one_line(make, says):
+    with pytest.raises(CompanionError, match=says) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_cross_entropy_needs_a_classifier():
+    with pytest.raises(
+        CompanionError, match="ClassAware needs a network with a linear classifier, not Flatten"
+    ):
+        ClassAware().check(torch.nn.Flatten(), 1)

@@ -15,14 +15,23 @@ from lib.formation import Pixels, mosaic
 from lib.formation.mosaic import Mosaic
 from lib.formation.start import initial_codes
 from lib.match import mmd
-from lib.methods import m3d
+from lib.match.distance import Look
+from lib.match.mmd import MMD
 from lib.methods.dm import DM
 from lib.methods.m3d import M3D
+from lib.nets.supply import Fresh
 from lib.optim.sequential import sequential_rates
 from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
-OFF = {"factor": 1, "ipm": 1, "space": "normalised", "sequential": False, "mode": "single", "lr": 1.0}
+OFF = {
+    "formation": Pixels(),
+    "networks": Fresh(),
+    "space": "normalised",
+    "sequential": False,
+    "mode": "single",
+    "lr": 1.0,
+}
 SMALL = M3D(iterations=6, real_batch=8, network=NET, augmentation="none", **OFF)
 
 
@@ -39,7 +48,7 @@ def valid():
 
 @pytest.mark.parametrize("augmentation", ["none", "data"])
 def test_linear_kernel_and_options_off_is_dm_bit_for_bit(toy, augmentation):
-    ours = distill(replace(SMALL, kernel="linear", augmentation=augmentation), toy.train, 2, 5)
+    ours = distill(replace(SMALL, distance=MMD("linear"), augmentation=augmentation), toy.train, 2, 5)
     dm = distill(DM(iterations=6, real_batch=8, network=NET, augmentation=augmentation), toy.train, 2, 5)
     assert torch.equal(ours.synset.codes, dm.synset.codes) and ours.history.keys() == dm.history.keys()
     assert torch.equal(ours.history["loss"], dm.history["loss"])
@@ -48,50 +57,18 @@ def test_linear_kernel_and_options_off_is_dm_bit_for_bit(toy, augmentation):
 def test_the_kernel_formula_with_a_linear_kernel_is_the_loss_of_dm(toy):
     """In the features of a network, in double precision."""
     network = nets.make(NET, toy.train, generator()).double()
-    real, syn = ([network.embed(toy.train.sample(n, generator(n)).flatten(0, 1).double())] for n in (9, 4))
-    real, syn = ([part[0].unflatten(0, (3, -1))] for part in (real, syn))
-    (dm,) = DM().terms(None, real, syn).values()
-    (kernel,) = M3D(kernel="linear").terms(None, real, syn).values()
-    torch.testing.assert_close(mmd.mmd(real[0], syn[0], "linear"), dm, rtol=1e-10, atol=1e-10)
+    real, syn = (Look(network, toy.train.sample(n, generator(n)).double()) for n in (9, 4))
+    (dm,) = DM().distance.between(real, syn).values()
+    (kernel,) = MMD("linear").between(real, syn).values()
+    gram = mmd.mmd(real.embedding, syn.embedding, "linear")
+    torch.testing.assert_close(gram, dm, rtol=1e-10, atol=1e-10)
     assert torch.equal(kernel, dm) and (dm > 1e-3).all()
-
-
-def slow_mmd(real, syn):
-    """One class, one pair of points after the other."""
-    union = torch.cat([syn, real])
-    squares = torch.stack([torch.stack([(a - b).square().sum() for b in union]) for a in union])
-    n, m = len(union), len(syn)
-    b = squares.sum().detach() / (n * n - n)
-    k = sum(torch.exp(-squares / (b * 2.0 ** (j - 2))) for j in range(5))
-    return k[:m, :m].mean() - 2 * k[:m, m:].mean() + k[m:, m:].mean()
-
-
-def test_m3d_equals_a_loop_over_classes_and_pairs(toy):
-    """Two steps per network, joint steps."""
-    method = replace(SMALL, ipm=2, lr=5.0, iterations=5)
-    got = distill(method, toy.train, 2, 5)
-    g = generator(5)
-    x = toy.train.sample(2, g)
-    velocity, losses = torch.zeros_like(x), []
-    for step in range(5):
-        if step % 2 == 0:
-            network = nets.make(NET, toy.train, g)
-        real = toy.train.sample(8, g)
-        leaf, loss = x.clone().requires_grad_(), 0
-        for c in range(3):
-            loss = loss + slow_mmd(network.embed(real[c]).detach(), network.embed(leaf[c]))
-        velocity = 0.5 * velocity + torch.autograd.grad(loss, leaf)[0]
-        x = x - 5.0 * velocity
-        losses.append(loss.detach())
-    torch.testing.assert_close(got.history["loss"], torch.stack(losses), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got.synset.codes, x.flatten(0, 1), rtol=1e-4, atol=1e-4)
-    assert (got.synset.codes - toy.train.sample(2, generator(5)).flatten(0, 1)).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "poly", "laplace_code", "laplace", "rbf", "energy"])
 def test_a_set_that_equals_the_batch_has_loss_zero(toy, kernel):
     """Under the published augmentation, which real and synthetic images of a class share; another set has not."""
-    method = replace(SMALL, kernel=kernel, augmentation="color_crop_cutout", mode="idc", lr=1e-3)
+    method = replace(SMALL, distance=MMD(kernel), augmentation="color_crop_cutout", mode="idc", lr=1e-3)
     far = distill(method, toy.train, 3, 1).history["loss"][0]
     same_set = distill(replace(method, real_batch=20, iterations=1), toy.train, 20, 1).history["loss"][0]
     assert same_set.abs() < 1e-3 * far and far > 0
@@ -99,13 +76,13 @@ def test_a_set_that_equals_the_batch_has_loss_zero(toy, kernel):
 
 def test_equal_means_stop_dm_but_not_m3d():
     """Features in pairs around a common mean, the synthetic ones closer to it."""
-    real = torch.randn(2, 8, 5, generator=generator())
-    real = [torch.cat([real, -real], 1)]
+    half = torch.randn(2, 8, 5, generator=generator())
+    real = Look.of(torch.cat([half, -half], 1))
     start = 0.5 * torch.randn(2, 2, 5, generator=generator(1))
     leaf = torch.stack([start[:, 0], -start[:, 0]], 1).requires_grad_()
     gradients = {}
     for kernel in ("linear", "gaussian"):
-        (term,) = M3D(kernel=kernel).terms(None, real, [leaf]).values()
+        (term,) = MMD(kernel).between(real, Look.of(leaf)).values()
         (gradients[kernel],) = torch.autograd.grad(term.sum(), leaf)
     assert gradients["linear"].abs().max() < 1e-6 < 1e-3 < gradients["gaussian"].abs().max()
 
@@ -145,18 +122,18 @@ def test_sequential_is_a_joint_step_with_other_rates(toy):
     assert torch.equal(given.synset.codes, named.synset.codes)
 
 
-@pytest.mark.parametrize("ipm", [1, 3, 50])
-def test_ipm_steps_share_a_network(toy, ipm):
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_so_many_steps_share_a_network(toy, every):
     weights = []
     distill(
-        replace(SMALL, iterations=7, ipm=ipm),
+        replace(SMALL, iterations=7, networks=Fresh(every)),
         toy.train,
         1,
         0,
-        callback=lambda step, state, metrics: weights.append(state.network.classifier.weight.clone()),
+        callback=lambda step, state, metrics: weights.append(state.supply.network.classifier.weight.clone()),
     )
     for step in range(1, 7):
-        assert torch.equal(weights[step], weights[step - 1]) == (step % ipm != 0)
+        assert torch.equal(weights[step], weights[step - 1]) == (step % every != 0)
 
 
 def test_unit_pixels_are_dm_pixels_with_another_rate(valid):
@@ -180,7 +157,7 @@ def test_unit_pixels_are_clamped(valid):
 
 def test_mosaics_of_real_images(toy):
     """Every cell is a real image of the class, every second pixel of it; the images of a class differ."""
-    start = initial_codes(Mosaic(2), toy.train, 2, "mix", generator(3), mode="nearest").unflatten(0, (3, 2))
+    start = initial_codes(Mosaic(2, "nearest"), toy.train, 2, "mix", generator(3)).unflatten(0, (3, 2))
     for c in range(3):
         found = mosaic.cells(start[c]).flatten(0, 1).flatten(1)
         real = toy.train.of_class(c)[:, :, ::2, ::2].flatten(1)
@@ -194,29 +171,30 @@ def test_mosaics_of_real_images(toy):
 
 def test_more_cells_than_images_of_a_class(toy):
     """20 images per class, 4 x 12 cells: those of one cell still differ."""
-    cells = mosaic.cells(
-        initial_codes(Mosaic(2), toy.train, 12, "mix", generator(3), mode="nearest")
-    ).unflatten(1, (3, 12))
+    cells = mosaic.cells(initial_codes(Mosaic(2, "nearest"), toy.train, 12, "mix", generator(3))).unflatten(
+        1, (3, 12)
+    )
     assert all(len(cells[k, c].flatten(1).unique(dim=0)) == 12 for k in range(4) for c in range(3))
 
 
 def test_a_stored_image_is_four_training_images(toy):
-    synset = distill(replace(SMALL, factor=2), toy.train, 2, 5).synset
+    synset = distill(replace(SMALL, formation=Mosaic(2)), toy.train, 2, 5).synset
     assert synset.codes.shape == (6, 1, 8, 8) and synset.images.shape == (24, 1, 8, 8) and synset.ipc == 2
     by_class = [mosaic.expand(synset.codes[2 * c : 2 * c + 2]) for c in range(3)]
     for c in range(3):
         assert torch.equal(synset.images[synset.targets == c], by_class[c])
-    state = M3D(factor=2, network=NET).begin(toy.train, 2, generator(5))
-    decoded = M3D(factor=2, network=NET, space="normalised").images(state, generator())
+    method = M3D(network=NET, space="normalised")
+    state = method.begin(toy.train, 2, generator(5))
+    decoded = method.images(state, generator())
     stored = state.pixels.detach().unflatten(0, (3, 2))
     torch.testing.assert_close(decoded.detach(), torch.stack([mosaic.expand(part) for part in stored]))
 
 
 def test_subsample_of_the_decoded_images(toy):
-    method = replace(SMALL, factor=2, batch_syn_max=5, init="real")
+    method = replace(SMALL, formation=Mosaic(2), most=5, init="real")
     state, g = method.begin(toy.train, 3, generator(5)), generator(1)
     some, again = method.images(state, g), method.images(state, g)
-    every = replace(method, batch_syn_max=12).images(state, g)
+    every = replace(method, most=12).images(state, g)
     assert some.shape == (3, 5, 1, 8, 8) and every.shape == (3, 12, 1, 8, 8)
     match = (some.flatten(2)[:, :, None] == every.flatten(2)[:, None]).all(3)
     assert (match.sum(2) == 1).all() and (match.sum(1) <= 1).all() and not torch.equal(some, again)
@@ -227,7 +205,7 @@ def test_subsample_of_the_decoded_images(toy):
 
 
 def test_resume_in_the_middle_of_a_network(toy, tmp_path):
-    method = M3D(iterations=25, real_batch=8, network=NET, ipm=7, batch_syn_max=5)
+    method = M3D(iterations=25, real_batch=8, network=NET, networks=Fresh(7), most=5)
     calm = distill(method, toy.train, 2, 7, snapshots=(0, 25))
     for at in (11, 22):
         interrupted(method, toy.train, tmp_path / f"{at}", at, snapshots=(0, 25))
@@ -237,16 +215,14 @@ def test_resume_in_the_middle_of_a_network(toy, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"kernel": "cauchy"}, "cauchy.*gaussian.*linear.*poly"),
-        ({"bandwidth": 0.0}, "bandwidth 0.0 .*positive"),
-        ({"bandwidth": -2}, "bandwidth -2 .*positive"),
-        ({"bandwidth": "median"}, "bandwidth 'median' .*'adaptive'"),
-        ({"bandwidth": float("nan")}, "bandwidth nan"),
         ({"space": "log"}, "log.*normalised.*unit"),
-        ({"ipm": 0}, "ipm 0 "),
-        ({"batch_syn_max": 0}, "batch_syn_max 0 "),
-        ({"factor": 3}, "factor 3 for 8x8 images: allowed 1, 2, 4, 8"),
-        ({"factor": 0}, "factor 0 "),
+        ({"most": 0}, "most must be a whole number of at least 1, not 0"),
+        (
+            {"distance": "gaussian"},
+            "'gaussian' is no distance: allowed are those of lib.match and their sums",
+        ),
+        ({"formation": Mosaic(3)}, "factor 3 for 8x8 images: allowed 1, 2, 4, 8"),
+        ({"formation": Mosaic(0)}, "factor 0 "),
         ({"init": "wishes"}, "wishes.*noise.*real"),
         ({"mode": "many", "augmentation": "crop"}, "many.*idc.*single"),
     ],
@@ -259,16 +235,27 @@ def test_bad_input_is_one_line(toy, wrong, says):
 
 def test_a_fixed_bandwidth(toy):
     method = replace(SMALL, init="noise")
-    far, near = (distill(replace(method, bandwidth=b), toy.train, 2, 5).history["loss"] for b in (1e6, 1e-6))
+    far, near = (
+        distill(replace(method, distance=MMD(bandwidth=b)), toy.train, 2, 5).history["loss"]
+        for b in (1e6, 1e-6)
+    )
     # so narrow that only the diagonals count: 5/m + 5/n for each of 3 classes; so wide that nothing is told apart
     torch.testing.assert_close(near, torch.full((6,), 3 * (5 / 2 + 5 / 8)))
     assert far.max() < 0.01
 
 
-def test_settings():
-    for name, method in m3d.PRESETS.items():
-        assert method.total_steps(10) == method.iterations > 0
-        if name.startswith("paper"):
-            assert (
-                method.kernel == "gaussian" and method.sequential and method.factor == 2 and method.ipm == 5
-            )
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"kernel": "cauchy"}, "cauchy.*gaussian.*linear.*poly"),
+        ({"bandwidth": 0.0}, "bandwidth 0.0 .*positive"),
+        ({"bandwidth": -2}, "bandwidth -2 .*positive"),
+        ({"bandwidth": "median"}, "bandwidth 'median' .*'adaptive'"),
+        ({"bandwidth": float("nan")}, "bandwidth nan"),
+        ({"weight": 0.0}, "weight 0.0 of MMD .*positive"),
+    ],
+)
+def test_a_kernel_that_does_not_exist_is_one_line(wrong, says):
+    with pytest.raises(CompanionError, match=says) as caught:
+        MMD(**wrong)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import permutations
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from helpers import generator
 
 from lib.formation import mosaic
 from lib.match import attention, features, mmd, style, transport
+from lib.match.distance import At, Look
+from lib.match.features import ClassAware, ClassMean, LayerMeans
+from lib.methods.datadam import attention_and_mean
 from lib.system.errors import CompanionError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -209,13 +213,20 @@ def test_mmd_refuses_what_is_not_a_kernel_or_bandwidth():
 # ---------------------------------------------------------------- CAFE, IDM, partition
 
 
-def test_cafe_without_layers_and_discrimination_is_class_mean():
-    real, syn = maps()
-    got = features.cafe([real, real], [syn, syn], [0, 0], 0)
-    assert torch.equal(got, features.class_mean(real.flatten(2), syn.flatten(2)))
-    assert features.cafe([real], [real], [1.0], 0.0).abs().max() == 0
-    with pytest.raises(CompanionError, match="1 layer weights for 2"):
-        features.cafe([real, real], [syn, syn], [1], 0)
+def look(*maps: torch.Tensor) -> Look:
+    """Maps of some ReLUs; the last one is also the pooling, whose flattened form is the embedding."""
+    return Look.of(maps[-1].flatten(2), {"act": list(maps)})
+
+
+def test_layer_means_add_up_to_class_means():
+    real, syn = (look(part, part) for part in maps())
+    terms = LayerMeans((0.5, 0.0, 2.0)).between(real, syn)
+    mean = ClassMean().between(real, syn)["mean"]
+    assert terms.keys() == {"relu1", "pool"}  # a layer of weight 0 is not compared
+    torch.testing.assert_close(terms["relu1"], 0.5 * mean, **EXACT)
+    torch.testing.assert_close(terms["pool"], 2 * mean, **EXACT)
+    torch.testing.assert_close(mean, features.class_mean(real.embedding, syn.embedding), **EXACT)
+    assert sum(LayerMeans((1.0, 1.0, 1.0)).between(real, real).values()).abs().max() == 0
 
 
 def test_discrimination_limits_and_gradient():
@@ -235,13 +246,17 @@ def test_discrimination_limits_and_gradient():
     torch.testing.assert_close(got, want.unsqueeze(1).expand_as(got), **EXACT)
 
 
-def test_idm_weighs_the_cross_entropy_by_percent_accuracy():
-    real, syn = sets()
-    logits, labels = randn(3, 4, 6), torch.tensor([0, 2, 5])
-    entropy = torch.stack([F.cross_entropy(logits[c], labels[c].expand(4)) for c in range(3)])
-    got = features.idm(real, syn, logits, labels[:, None], 37.5, 0.5)
-    torch.testing.assert_close(got, features.class_mean(real, syn) + 18.75 * entropy, **EXACT)
-    assert torch.equal(features.idm(real, syn, logits, labels[:, None], 0.0), features.class_mean(real, syn))
+def test_class_aware_weighs_the_cross_entropy_by_percent_accuracy():
+    real, syn = (Look.of(part) for part in sets())
+    classifier = torch.nn.Linear(5, 6).double()
+    network = SimpleNamespace(classifier=classifier)
+    logits = classifier(syn.embedding)
+    entropy = torch.stack([F.cross_entropy(logits[c], torch.full((4,), c)) for c in range(3)])
+    at = At(network, 37.5)
+    terms = (ClassMean() + ClassAware(0.5)).between(real, syn, at)
+    torch.testing.assert_close(terms["cross-entropy"], 18.75 * entropy, **EXACT)
+    assert at.measured == {"accuracy": torch.tensor(37.5)}
+    assert ClassAware().between(real, syn, At(network, 0.0))["cross-entropy"].abs().max() == 0  # untrained
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -295,11 +310,15 @@ def test_attention_gradient_is_orthogonal_to_the_features_of_each_image():
     assert_gradient(lambda s: attention.attention_distance(real, s, 4).sum(), syn.detach() + 0.1)
 
 
-def test_datadam_without_attention_is_class_mean():
-    real, syn = sets()
-    assert torch.allclose(attention.datadam([], [], real, syn, 4), features.class_mean(real, syn), rtol=1e-14)
-    single = [m[..., :1, :1] + 0.1 for m in maps()]  # one position: every map is the number 1
+def test_attention_of_one_position_is_no_distance():
+    single = [m[..., :1, :1] + 0.1 for m in maps()]  # every map is the number 1
     assert attention.attention_distance(*single, 1).abs().max() < 1e-28
+    looks = [look(part, part) for part in single]
+    terms = attention_and_mean(4.0, 0.01).between(*looks)
+    assert terms.keys() == {"mean", "attention1"} and terms["attention1"].abs().max() < 1e-26
+    torch.testing.assert_close(
+        terms["mean"], features.class_mean(*(one.embedding for one in looks)), rtol=1e-12, atol=0
+    )
 
 
 def test_attention_edge_cases():
@@ -310,8 +329,6 @@ def test_attention_edge_cases():
     assert attention.attention_map(large, 4).tolist() == [[[0.5] * 4]]
     with pytest.raises(CompanionError, match="p = 0"):
         attention.attention_map(large, 0)
-    assert attention.VARIANTS["paper"] == attention.Variant(4, "instance")
-    assert attention.VARIANTS["code"] == attention.Variant(1, "batch")
 
 
 # ---------------------------------------------------------------- style and diversity

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.match.distance import At, Distance, Look
+from lib.match.distance import At, Distance, Look, check_weight
 from lib.system.errors import CompanionError, choose
 
 POOLED_ROWS = 128  # images whose channels are pooled at once
@@ -100,8 +100,7 @@ class Attention(Distance):
         choose("attention distance", self.distance, DISTANCES)
         if not self.p > 0:
             raise CompanionError(f"attention exponent p = {self.p} is not allowed: it must be positive")
-        if not 0 < self.weight < float("inf"):
-            raise CompanionError(f"weight {self.weight} of attention is not allowed: it must be positive")
+        check_weight(self)
 
     @property
     def taps(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ The distances themselves stand beside their mathematics: means in ``features``, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -116,18 +116,31 @@ class Distance:
         raise NotImplementedError
 
     def between(self, real: Look, syn: Look, at: At | None = None) -> dict[str, Tensor]:
-        """:meth:`terms` of two looks."""
+        """:meth:`terms` of two looks, outside of any method: nothing is remembered."""
         return self.terms(self.observe(real), self.observe(syn), at or At())
 
     def __add__(self, other: Distance) -> Sum:
         return Sum((*_parts(self), *_parts(other)))
 
 
+def check_weight(distance: Distance) -> None:
+    """Refuse a weight that is not positive and finite: what should not count is left out of the sum."""
+    if not 0 < distance.weight < float("inf"):
+        raise CompanionError(
+            f"weight {distance.weight} of {type(distance).__name__} is not allowed: it must be positive"
+        )
+
+
 @dataclass(frozen=True)
 class Sum(Distance):
-    """Several distances of one look. What a part observes is prefixed with its number."""
+    """Several distances of one look. What a part observes is prefixed with its number; terms of one name are added."""
 
-    parts: tuple[Distance, ...] = ()
+    parts: tuple[Distance, ...]
+
+    def __post_init__(self):
+        for part in self.parts:
+            if not isinstance(part, Distance):
+                raise CompanionError(f"{part!r} is no distance: allowed are sums of those in lib.match")
 
     @property
     def looks(self) -> bool:
@@ -154,8 +167,7 @@ class Sum(Distance):
         found: dict[str, Tensor] = {}
         memories = at.memory.parts if at.memory is not None else [None] * len(self.parts)
         for i, (part, memory) in enumerate(zip(self.parts, memories, strict=True)):
-            mine = At(at.network, at.percent, at.generator, memory, at.measured)
-            for name, value in part.terms(_of(i, real), _of(i, syn), mine).items():
+            for name, value in part.terms(_of(i, real), _of(i, syn), replace(at, memory=memory)).items():
                 found[name] = found[name] + value if name in found else value
         return found
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.match.distance import At, Distance, Look
+from lib.match.distance import At, Distance, Look, check_weight
 from lib.system.errors import CompanionError, choose
 
 
@@ -56,6 +56,9 @@ class ClassMean(Distance):
 
     weight: float = 1.0
 
+    def __post_init__(self):
+        check_weight(self)
+
     def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
         return {"mean": self.weight * class_mean(real["embedding"], syn["embedding"])}
 
@@ -68,7 +71,13 @@ class LayerMeans(Distance):
     depth: a shallower network drops weights from the front, a deeper one repeats the first.
     """
 
-    weights: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)  # ReLU 1, 2, 3, last pooling
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)  # ReLU 1, 2, 3, last pooling; 0 leaves a layer out
+
+    def __post_init__(self):
+        if len(self.weights) < 2 or not all(0 <= weight < float("inf") for weight in self.weights):
+            raise CompanionError(
+                f"weights {self.weights} of LayerMeans are not allowed: two or more, none of them negative"
+            )
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -110,6 +119,7 @@ class Discrimination(Distance):
 
     def __post_init__(self):
         choose("discrimination", self.reduction, dict.fromkeys(REDUCTIONS))
+        check_weight(self)
 
     def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
         a, b = real["embedding"], syn["embedding"]
@@ -127,6 +137,9 @@ class ClassAware(Distance):
     """
 
     weight: float = 0.5
+
+    def __post_init__(self):
+        check_weight(self)
 
     def check(self, network: nn.Module, ipc: int) -> None:
         if not hasattr(network, "classifier"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.match.distance import At, Distance
+from lib.match.distance import At, Distance, check_weight
 from lib.match.features import class_mean
 from lib.system.errors import CompanionError, choose
 
@@ -168,6 +168,7 @@ class MMD(Distance):
 
     def __post_init__(self):
         choose("kernel", self.kernel, KERNELS)
+        check_weight(self)
         number = isinstance(self.bandwidth, (int, float)) and self.bandwidth > 0
         if self.bandwidth != "adaptive" and not number:
             raise CompanionError(

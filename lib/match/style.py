@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.match.distance import At, Distance, Look
+from lib.match.distance import At, Distance, Look, check_weight
 from lib.match.features import class_mean
 from lib.nets.convnet import TAPS
 from lib.system.errors import CompanionError, choose
@@ -165,7 +165,7 @@ class _OfMaps(Distance):
 
     def __post_init__(self):
         choose("tap", self.tap, dict.fromkeys(TAPS))
-        _check_weight(self)
+        check_weight(self)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -246,7 +246,7 @@ class Diversity(Distance):
     principal: bool = False
 
     def __post_init__(self):
-        _check_weight(self)
+        check_weight(self)
 
     def check(self, network: nn.Module, ipc: int) -> None:
         _warn_of_one(self, ipc)
@@ -263,13 +263,6 @@ class Diversity(Distance):
         else:
             value = neighbour_diversity(syn["embedding"], self.k)
         return {"diversity": self.weight * value}
-
-
-def _check_weight(distance) -> None:
-    if not 0 < distance.weight < float("inf"):
-        raise CompanionError(
-            f"weight {distance.weight} of {type(distance).__name__} is not allowed: it must be positive"
-        )
 
 
 def _warn_of_one(distance, ipc: int) -> None:

@@ -70,9 +70,12 @@ class CAFE(dm.DM):
     lr_network: float = 0.01
     network_batch: int = 256
 
-    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         choose("schedule", self.schedule, dict.fromkeys(SCHEDULES))
         whole(self, window=1, max_outer=1, max_inner=1, query=1)
+
+    def begin(self, train, ipc: int, generator: torch.Generator) -> State:
         return State(**vars(super().begin(train, ipc, generator)))
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from lib.optim.sequential import sequential_rates
 from lib.recipes import Recipes, published, small
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet
-from lib.system.errors import choose, positive, whole
+from lib.system.errors import CompanionError, choose, positive, whole
 
 REAL_ROWS = 4096  # at most so many real images per forward pass, where no batch norm mixes them
 
@@ -81,8 +81,12 @@ class DM:
 
     def __post_init__(self) -> None:
         choose("pixel space", self.space, dict.fromkeys(SPACES))
+        if not isinstance(self.distance, Distance):
+            raise CompanionError(
+                f"{self.distance!r} is no distance: allowed are those of lib.match and their sums"
+            )
         positive(self, "lr")
-        whole(self, iterations=0, real_batch=1)
+        whole(self, iterations=0, real_batch=1, **({} if self.most is None else {"most": 1}))
 
     def total_steps(self, ipc: int) -> int:
         return self.iterations
@@ -125,6 +129,8 @@ class DM:
         current = self.distance.observe(Look(network, syn, self.distance.taps))
         at = At(network, state.supply.percent, generator, state.compared)
         terms = self.distance.terms(target, current, at)
+        if not terms:
+            raise CompanionError(f"{self.distance} has no term at IPC {state.ipc}: add another distance")
         loss = sum(term.sum() for term in terms.values())
 
         state.optimiser.zero_grad()

@@ -1,4 +1,4 @@
-"""Networks by name. A name is an architecture and its options, joined by dashes, defaults left out: ``convnet-d2-w32``,
+"""Theta: networks by name. A name is an architecture and its options, joined by dashes, defaults left out: ``convnet-d2-w32``,
 ``convnet-batch-swish-max``, ``mlp``, ``lenet``, ``alexnet``, ``vgg11-batch``, ``resnet18-batch``, ``resnet18ap``, ``vit``.
 
 The name is what a protocol, a table and a saved set record, so it says everything about the architecture.

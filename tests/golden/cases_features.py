@@ -1,4 +1,4 @@
-"""Cases of the distribution-matching discrepancies."""
+"""Cases of the distribution-matching discrepancies: the very distances that the methods run, on looks whose content is known."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch import Tensor
 
 from lib.formation import mosaic
 from lib.match import attention, features, mmd, style, transport
+from lib.match.distance import At, Distance, Look
+from lib.match.features import ClassAware, ClassMean, Discrimination, LayerMeans
+from lib.match.mmd import MMD
+from lib.match.style import Diversity, Gram, Moments, StyleSpread
+from lib.methods.datadam import attention_and_mean
 
 
 def one(array: np.ndarray) -> Tensor:
@@ -25,15 +30,21 @@ def numbered(a: Arrays, pattern: str) -> list[str]:
     return [found[number] for number in sorted(found)]
 
 
+def total(distance: Distance, real: Look, syn: Look) -> Tensor:
+    """What a method minimises: the sum over terms and classes."""
+    return sum(distance.between(real, syn).values()).sum()
+
+
 # The reference kept the widths in float32 (relative error 6e-8): the gradients and the
 # Gram matrix use the same numbers, the losses our own.
 STORED_GAMMAS = tuple(float(np.float32(gamma)) for gamma in (0.1, 1.0, 5.0))
 
 
-def _as_stored(kernel: str, real: Tensor, syn: Tensor) -> dict:
-    if kernel == "gaussian":
-        return {"kernel": kernel, "bandwidth": mmd.mean_squared_distance(real, syn).float().double()}
-    return {"kernel": partial(mmd.laplace_code, gammas=STORED_GAMMAS) if kernel == "laplace_code" else kernel}
+def _as_stored(kernel: str, real: Tensor, syn: Tensor) -> Tensor:
+    if kernel == "laplace_code":
+        return mmd.mmd(real, syn, partial(mmd.laplace_code, gammas=STORED_GAMMAS)).sum()
+    width = float(mmd.mean_squared_distance(real, syn).float()) if kernel == "gaussian" else "adaptive"
+    return total(MMD(kernel, width), Look.of(real), Look.of(syn))
 
 
 def m3d_mmd(a: Arrays) -> Arrays:
@@ -45,11 +56,11 @@ def m3d_mmd(a: Arrays) -> Arrays:
             factor = 0.1 if match[2] else 1.0
             x, y = factor * real, (factor * syn).requires_grad_()
             if match[1] == "loss":
-                out[name] = mmd.mmd(x, y, kernel)[0]
+                out[name] = total(MMD(kernel), Look.of(x), Look.of(y))
             else:
-                out[name] = torch.autograd.grad(mmd.mmd(x, y, **_as_stored(kernel, x, y)).sum(), y)[0][0]
+                out[name] = torch.autograd.grad(_as_stored(kernel, x, y), y)[0][0]
         elif match := re.fullmatch(r"fixed_bw([\d.]+)_(\w+)", name):
-            out[name] = mmd.mmd(real, syn, match[2], bandwidth=float(match[1]))[0]
+            out[name] = total(MMD(match[2], float(match[1])), Look.of(real), Look.of(syn))
         elif match := re.fullmatch(r"gram_(\w+)", name):
             union = torch.cat([syn, real], 1)
             width = mmd.mean_squared_distance(real, syn).float().double()
@@ -61,25 +72,32 @@ def cafe_loss(a: Arrays) -> Arrays:
     classes = int(a["num_classes"])
     tags = [name.removesuffix("_real") for name in numbered(a, r"f(\d+)_real")]
     leaves = [t(a[f"{tag}_syn"]).requires_grad_() for tag in tags]
-    real = [t(a[f"{tag}_real"]).unflatten(0, (classes, -1)) for tag in tags]
-    syn = [leaf.unflatten(0, (classes, -1)) for leaf in leaves]
+
+    def look(maps: list[Tensor]) -> Look:
+        """The last one is that of the pooling."""
+        *relus, pool = (one.unflatten(0, (classes, -1)) for one in maps)
+        return Look.of(pool.flatten(2), {"act": relus})
+
+    real, syn = look([t(a[f"{tag}_real"]) for tag in tags]), look(leaves)
     names = numbered(a, r"w_relu(\d+)") + numbered(a, r"w_pool(\d+)")
-    weights, beta = [float(a[name]) for name in names], float(a["w_disc"])
-    layers = features.layer_means(real, syn).sum(1)
-    embedded = (real[-1].flatten(2), syn[-1].flatten(2))
-    disc = features.discrimination(*embedded).sum()
-    total = features.cafe(real, syn, weights, beta).sum()
-    gradients = torch.autograd.grad(total, leaves, retain_graph=True)
+    weights, discrimination = tuple(float(a[name]) for name in names), Discrimination(float(a["w_disc"]))
+    terms = (ClassMean() + LayerMeans(weights) + discrimination).between(real, syn)
+    embedded, weighted, disc = (
+        total(part, real, syn) for part in (ClassMean(), LayerMeans(weights), discrimination)
+    )
+    sum_of_all = sum(terms.values()).sum()
+    gradients = torch.autograd.grad(sum_of_all, leaves, retain_graph=True)
+    layers = LayerMeans((1.0,) * len(tags)).between(real, syn).values()
     return (
-        {f"align_{tag}": value for tag, value in zip(tags, layers, strict=True)}
+        {f"align_{tag}": value.sum() for tag, value in zip(tags, layers, strict=True)}
         | {f"grad_{tag}": g for tag, g in zip(tags, gradients, strict=True)}
         | {
-            "align_embed": features.class_mean(*embedded).sum(),
-            "disc_logits": features.discrimination_logits(*embedded).flatten(0, 1),
-            "disc_ce_sum": disc,
-            "loss_middle": (torch.tensor(weights, dtype=torch.float64) * layers).sum(),
-            "loss_output": layers[-1] + beta * disc,
-            "total": total,
+            "align_embed": embedded,
+            "disc_logits": features.discrimination_logits(real.embedding, syn.embedding).flatten(0, 1),
+            "disc_ce_sum": total(Discrimination(1.0), real, syn),
+            "loss_middle": weighted,
+            "loss_output": embedded + disc,
+            "total": sum_of_all,
         }
     )
 
@@ -90,23 +108,33 @@ def idm_loss(a: Arrays) -> Arrays:
     decoded, labels = mosaic.expand(image, factor), mosaic.expand_labels(t(a["label"]), factor)
     (grad_img,) = torch.autograd.grad(decoded, image, t(a["cotangent"]))
     sources = t(a["init_src"])
-    real, syn, logits = (
-        one(a["emb_real"]),
-        t(a["emb_syn"]).requires_grad_(),
-        t(a["logits_syn"]).requires_grad_(),
-    )
-    inputs = (real, syn.unsqueeze(0), logits.unsqueeze(0), labels.unsqueeze(0))
-    total = features.idm(*inputs, float(a["net_acc_percent"]), float(a["ce_weight"])).sum()
-    grad_emb, grad_logits = torch.autograd.grad(total, [syn, logits])
+    syn, logits = t(a["emb_syn"]).requires_grad_(), t(a["logits_syn"]).requires_grad_()
+
+    (c,) = labels.unique().tolist()  # the class of the file, among as many as come before it
+
+    def among(x: Tensor) -> Tensor:
+        return x.expand(c + 1, *x.shape)
+
+    class _Network:
+        @staticmethod
+        def classifier(embedding: Tensor) -> Tensor:
+            return among(logits)
+
+    looks = Look.of(among(t(a["emb_real"]))), Look.of(among(syn))
+    at = At(_Network, float(a["net_acc_percent"]))
+    terms = (ClassMean() + ClassAware(float(a["ce_weight"]))).between(*looks, at)
+    once = ClassAware(1.0).between(*looks, At(_Network, 1.0))["cross-entropy"]
+    whole = sum(terms.values())[c]
+    grad_emb, grad_logits = torch.autograd.grad(whole, [syn, logits])
     return {
         "decoded": decoded,
         "decoded_label": labels,
         "grad_img": grad_img,
         "init_down": torch.stack([mosaic.shrink(part, factor) for part in sources]),
         "init_composed": mosaic.mosaics(sources),
-        "loss_dm": features.class_mean(real, inputs[1])[0],
-        "loss_ce": features.class_aware(*inputs[2:])[0],
-        "total": total,
+        "loss_dm": terms["mean"][c],
+        "loss_ce": once[c],
+        "total": whole,
         "grad_emb_syn": grad_emb,
         "grad_logits": grad_logits,
     }
@@ -115,20 +143,26 @@ def idm_loss(a: Arrays) -> Arrays:
 def datadam_loss(a: Arrays) -> Arrays:
     classes, balance = int(a["num_classes"]), float(a["task_balance"])
     layers = range(len(numbered(a, r"feat_real_(\d+)")))
-    real = [t(a[f"feat_real_{l}"]).unflatten(0, (classes, -1)) for l in layers]
     leaves = [t(a[f"feat_syn_{l}"]).requires_grad_() for l in layers]
-    syn = [leaf.unflatten(0, (classes, -1)) for leaf in leaves]
     z = t(a["out_syn"]).requires_grad_()
-    outputs = (t(a["out_real"]).unflatten(0, (classes, -1)), z.unflatten(0, (classes, -1)))
-    out = {"mmd_term": 100 * balance * features.class_mean(*outputs).sum()}
+
+    def look(maps: list[Tensor], outputs: Tensor) -> Look:
+        """The file leaves the last ReLU out: any map stands for it."""
+        by_class = [one.unflatten(0, (classes, -1)) for one in maps]
+        return Look.of(outputs.unflatten(0, (classes, -1)), {"act": [*by_class, by_class[-1].detach()]})
+
+    real, syn = look([t(a[f"feat_real_{l}"]) for l in layers], t(a["out_real"])), look(leaves, z)
+    out = {}
     for p in (int(name.removeprefix("total_p")) for name in numbered(a, r"total_p(\d+)")):
+        terms = attention_and_mean(p, balance).between(real, syn)
+        out["mmd_term"] = terms["mean"].sum()
         for l in layers:
-            out[f"att_real_l{l}_p{p}"] = attention.attention_map(real[l], p).flatten(0, 1)
-            out[f"att_syn_l{l}_p{p}"] = attention.attention_map(syn[l], p).flatten(0, 1)
-            out[f"sam_l{l}_p{p}"] = 100 * attention.attention_distance(real[l], syn[l], p).sum()
-        total = attention.datadam(real, syn, *outputs, p, balance).sum()
-        *gradients, grad_z = torch.autograd.grad(total, [*leaves, z], retain_graph=True)
-        out |= {f"total_p{p}": total, f"grad_z_p{p}": grad_z}
+            out[f"att_real_l{l}_p{p}"] = attention.attention_map(real.maps("act")[l], p).flatten(0, 1)
+            out[f"att_syn_l{l}_p{p}"] = attention.attention_map(syn.maps("act")[l], p).flatten(0, 1)
+            out[f"sam_l{l}_p{p}"] = terms[f"attention{l + 1}"].sum()
+        whole = sum(terms.values()).sum()
+        *gradients, grad_z = torch.autograd.grad(whole, [*leaves, z], retain_graph=True)
+        out |= {f"total_p{p}": whole, f"grad_z_p{p}": grad_z}
         out |= {f"grad_f{l}_p{p}": g for l, g in enumerate(gradients)}
     return out
 
@@ -142,23 +176,32 @@ def ddm_style_icd(a: Arrays) -> Arrays:
         mean, std = style.moments(real[l][0])
         out |= {f"gram_real_{l}": style.gram(real[l][0])}
         out |= {f"mean_real_{l}": mean[..., None, None], f"std_real_{l}": std[..., None, None]}
-    for tag, distance in (("gram", style.gram_distance), ("moment", style.moment_distance)):
-        values = torch.cat([distance(r, s) for r, s in zip(real, syn, strict=True)])
-        gradients = torch.autograd.grad(values.mean(), syn)
-        out |= {f"{tag}_loss_layers": values, f"{tag}_loss": values.mean()}
-        out |= {f"grad_{tag}_{l}": g[0] for l, g in enumerate(gradients)}
+
+    def of(distance: Distance, chosen: slice = slice(None)) -> Tensor:
+        """On the maps of some layers."""
+        return total(distance, *(Look.of(maps={"act": maps[chosen]}) for maps in (real, syn)))
+
+    for tag, distance in (("gram", Gram(1.0)), ("moment", Moments(1.0))):
+        mean = of(distance)
+        out |= {f"{tag}_loss_layers": torch.stack([of(distance, slice(l, l + 1)) for l in layers])}
+        out |= {f"{tag}_loss": mean}
+        out |= {f"grad_{tag}_{l}": g[0] for l, g in enumerate(torch.autograd.grad(mean, syn))}
     embedding = one(a["emb_syn"]).requires_grad_()
+    looks = Look.of(one(a["emb_real"])), Look.of(embedding)
     for name in numbered(a, r"icd_kl_k(\d+)"):
-        value = style.neighbour_diversity(embedding, int(name.removeprefix("icd_kl_k")))[0]
+        value = total(Diversity(1.0, k=int(name.removeprefix("icd_kl_k"))), *looks)
         out |= {name: value, f"grad_{name}": torch.autograd.grad(value, embedding)[0][0]}
     out["icd_k_default"] = np.array(style.default_neighbours(embedding.shape[1]))
-    out["icd_kl_default"] = style.neighbour_diversity(embedding)[0]
-    for name in numbered(a, r"content_div_rank(\d+)_exact"):
+    out["icd_kl_default"] = total(Diversity(1.0), *looks)
+    for name in numbered(
+        a, r"content_div_rank(\d+)_exact"
+    ):  # the method takes as many axes as the set allows
         rank = int(re.findall(r"\d+", name)[0])
         out[name] = style.principal_spread_distance(one(a["emb_real"]), embedding, rank)[0]
-    for tag, relative in (("abs", False), ("rel", True)):
-        out[f"moments_persample_{tag}"] = style.image_moment_distance(real[0], syn[0], relative)[0]
-        out[f"style_div_{tag}"] = style.style_spread_distance(real[0], syn[0], relative)[0]
+    out["moments_persample_rel"] = of(Moments(1.0, per_image=True), slice(1))
+    out["style_div_rel"] = of(StyleSpread(1.0), slice(1))
+    out["moments_persample_abs"] = style.image_moment_distance(real[0], syn[0], False)[0]
+    out["style_div_abs"] = style.style_spread_distance(real[0], syn[0], False)[0]
     return out
 
 

@@ -202,11 +202,16 @@ def verdict_list(record: dict) -> str:
     counts = [(held, HELD, "held"), (len(verdicts) - held, FAILED, "failed")]
     pills = " ".join(f'<span class="pill {kind}">{n} {name}</span>' for n, name, kind in counts if n)
     lines = "".join(
-        f'<li class="{kind}"><b>{name}</b> {escape(verdict["text"])}</li>'
+        f'<li class="{kind}"><b>{name}</b> {escape(said(verdict))}</li>'
         for verdict in verdicts
         for kind, name in [("held", HELD) if verdict["ok"] else ("failed", FAILED)]
     )
     return f'<details class="verdicts"><summary>{pills}</summary><ul>{lines}</ul></details>'
+
+
+def said(verdict: dict) -> str:
+    """The claim with the numbers it was judged by, where the record has them as text."""
+    return verdict["line"][len(FAILED) :].strip() if "line" in verdict else verdict["text"]
 
 
 def file_list(root: Path, record: dict) -> str:

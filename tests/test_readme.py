@@ -1,0 +1,115 @@
+"""README.md: what follows from code and results is what they say now, and its example runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import lib
+from lib.companion import tables
+from lib.evaluate.spread import Spread
+from lib.methods import METHODS
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT
+from workflow.pages import readme
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = {match[2]: match[0] for match in readme.BLOCK.finditer(TEXT)}
+
+
+def _row(method: str, acc: float = 50.0, **changes) -> tables.Row:
+    fields = {"notebook": METHODS[method].notebook, "config": "0" * 12, "dataset": "digits", "ipc": 1}
+    fields |= {
+        "network": "convnet-d2-w32",
+        "protocol": "cpu-small",
+        "labels": "hard",
+        "seeds": "seed 0: 3 sets x 2 networks",
+    }
+    return tables.Row(**fields | {"method": method, "accuracy": Spread.of([acc - 1, acc, acc + 1])} | changes)
+
+
+def _cells(*rows: tables.Row, method: str) -> tuple[str, dict]:
+    """What the table says of a method on digits IPC 1 beside random real images, and why it is marked."""
+    frame = tables.standing(tables.rows_to_frame([_row("random", 60.0), *rows]))
+    marks: dict[str, list[str]] = {}
+    return readme.ours(frame, method, "digits", 1, marks), marks
+
+
+def test_the_generated_parts_are_up_to_date():
+    wanted = {
+        name: f"<!-- begin: {name} -->\n{write()}\n<!-- end -->"
+        for name, write in readme.writers(ROOT).items()
+    }
+    stale = [name for name, block in wanted.items() if block != BLOCKS[name]]
+    assert not stale, f"{', '.join(stale)}: run python -m workflow.pages.readme"
+
+
+def test_every_room_of_the_library_is_on_the_map_once():
+    (folder,) = lib.__path__
+    found = {
+        path.name for path in (ROOT / folder).iterdir() if path.name not in ("__init__.py", "__pycache__")
+    }
+    assert sorted(re.findall(r"^\| `lib/([\w.]+)` \| .+ \|$", BLOCKS["rooms"], re.MULTILINE)) == sorted(found)
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    short = code.replace("distill(method", "distill(replace(method, iterations=2)")
+    short = short.replace('protocol("cpu-small", data.train)', 'protocol("cpu-small", data.train, epochs=2)')
+    assert short.count("iterations=2)") == short.count("epochs=2)") == 1
+    monkeypatch.chdir(tmp_path)
+    exec(f"from dataclasses import replace\n{short}", {})
+    assert re.search(r"\d+\.\d %", capsys.readouterr().out)
+    assert (tmp_path / "set.safetensors").is_file() and any((tmp_path / "my_set").iterdir())
+
+
+def test_hard_labels_under_the_common_protocol_have_no_mark():
+    assert _cells(_row("dm", 86.2), method="dm") == ("86.2 ± 1.0 (n=3)", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "mark"),
+    [
+        ({"labels": "soft"}, readme.OWN),
+        ({"protocol": "own-kernel"}, readme.OWN),
+        ({"protocol": "cpu-small-half"}, readme.OTHER),
+        ({"network": "convnet-d2-w16"}, readme.OTHER),
+    ],
+)
+def test_what_is_judged_otherwise_is_marked_and_gives_way(change, mark):
+    other = _row("dm", 99.0, **change)
+    assert _cells(other, method="dm") == (f"99.0 ± 1.0 (n=3) {mark}", {mark: [f"DM: {other.protocol}"]})
+    assert _cells(other, _row("dm"), method="dm") == ("50.0 ± 1.0 (n=3)", {})
+
+
+def test_own_protocols_give_way_to_other_epochs():
+    rows = [_row("dm", 99.0, protocol="own-kernel"), _row("dm", 70.0, protocol="cpu-small-half")]
+    assert _cells(*rows, method="dm")[0] == f"70.0 ± 1.0 (n=3) {readme.OTHER}"
+
+
+def test_a_variant_never_stands_for_the_method():
+    assert _cells(_row("dm", variant="noise"), method="dm") == ("", {})
+
+
+def test_every_mark_in_the_table_is_explained():
+    used = set(re.findall("[¹²³]", BLOCKS["results"].split("\n\n")[0]))
+    assert used == set(re.findall("^[¹²³]", BLOCKS["results"], re.MULTILINE))
+
+
+def test_blocks_are_wanted_once_each():
+    text = "a <!-- begin: one -->\nold\n<!-- end --> b"
+    assert readme.rewritten(text, {"one": lambda: "new"}) == "a <!-- begin: one -->\nnew\n<!-- end --> b"
+    with pytest.raises(CompanionError, match="blocks one; wanted, once each: two"):
+        readme.rewritten(text, {"two": lambda: ""})
+
+
+def test_a_check_changes_nothing_and_names_the_part(monkeypatch, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("<!-- begin: one -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "writers", lambda root: {"one": lambda: "new"})
+    assert readme.main(["--check"]) == 1 and "one out of date" in capsys.readouterr().out
+    assert "old" in (tmp_path / "README.md").read_text()
+    assert readme.main([]) == 0 and "new" in (tmp_path / "README.md").read_text()
+    capsys.readouterr()
+    assert readme.main(["--check"]) == 0 and capsys.readouterr().out == ""

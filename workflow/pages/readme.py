@@ -1,0 +1,274 @@
+"""``python -m workflow.pages.readme``: the parts of README.md that follow from the code and the committed results.
+
+Each stands between ``<!-- begin: NAME -->`` and ``<!-- end -->``: the table of methods, the counts, the notebooks that show no
+method, the map of ``lib/``. ``--check`` writes nothing and says what is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import yaml
+
+from lib.companion import published, tables
+from lib.evaluate.spread import Spread
+from lib.methods import METHODS
+from lib.system.errors import CompanionError
+from lib.system.files import ROOT, write_text
+
+RUN = "cpu"  # whose results are committed
+CASES = (("digits", 1), ("photos16", 10))
+QUOTED = ("cifar10", 10)
+PROTOCOL, NETWORK = "cpu-small", "ConvNet-D3-W128"  # what has no mark
+BLOCK = re.compile(r"(<!-- begin: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# of the formula first; what is not named here follows by name
+ORDER = (
+    "data", "nets", "augment", "synset", "match", "formation", "select", "methods", "plain", "recipes", "distill", "compose",
+    "evaluate", "kernels", "optim", "recover", "analysis", "scale", "companion", "system",
+)  # fmt: skip
+OWN, OTHER, ELSE = "¹", "²", "³"
+NOTES = {
+    OWN: "under its own protocol, or with learned or soft labels: not to be compared with the rest of the column",
+    OTHER: f"hard labels, but another number of epochs than `{PROTOCOL}`, or another network",
+    ELSE: f"on another network than {NETWORK}, or with a kernel",
+}
+
+
+def rewritten(text: str, blocks: dict[str, Callable[[], str]]) -> str:
+    """``text`` with every block between markers written anew.
+
+    Raises:
+        CompanionError: a block is missing, or nobody writes it.
+    """
+    found = [match[2] for match in BLOCK.finditer(text)]
+    if sorted(found) != sorted(blocks):
+        raise CompanionError(
+            f"README.md has the blocks {', '.join(found) or 'none'}; wanted, once each: {', '.join(blocks)}"
+        )
+    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]()}\n{match[3]}", text)
+
+
+def writers(root: Path) -> dict[str, Callable[[], str]]:
+    """Block -> what writes it, from the results under ``root``."""
+    records = read_records(root / "results" / RUN)
+    frame = tables.read_tables(root / "results")
+    frame = frame[frame["run"] == RUN]
+    return {
+        "counts": lambda: counts(records),
+        "results": lambda: results(frame, records),
+        "notebooks": lambda: others(root, records),
+        "rooms": lambda: rooms(root / "lib"),
+    }
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """``run.json`` of every notebook, by its name."""
+    paths = sorted(folder.glob("*/run.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+# -- counts ---------------------------------------------------------------------------------------------------------------
+
+
+def held(record: dict | None) -> str:
+    """Claims confirmed of claims made: ``7/12``."""
+    verdicts = (record or {}).get("verdicts", [])
+    return f"{sum(one['ok'] for one in verdicts)}/{len(verdicts)}" if verdicts else ""
+
+
+def counts(records: dict[str, dict]) -> str:
+    """How many methods, papers, notebooks and claims."""
+    verdicts = [one for record in records.values() for one in record["verdicts"]]
+    papers = {entry.paper for entry in METHODS.values() if entry.paper}
+    return (
+        f"{len(METHODS)} methods of {len(papers)} papers, {len(records)} notebooks; of the {len(verdicts)} claims that the notebooks "
+        f"check, {sum(one['ok'] for one in verdicts)} are confirmed. The others are reported with their numbers."
+    )
+
+
+# -- the table of methods -------------------------------------------------------------------------------------------------
+
+
+def results(frame, records: dict[str, dict]) -> str:
+    """One line per method that has a result in either case or a published number, in the order of the registry."""
+    standing, marks = tables.standing(frame), {}
+    rows, counted = [], set()
+    for name, entry in METHODS.items():
+        cells = [ours(standing, name, *case, marks) for case in CASES] + [quoted(name, marks)]
+        if any(cells):
+            claims = "" if entry.notebook in counted else held(records.get(entry.notebook))
+            counted.add(entry.notebook)
+            rows.append([paper(name), linked(entry.notebook), *cells, claims])
+    rows.append(["all training data", "", *(full(standing, *case) for case in CASES), full_published(), ""])
+    columns = ["paper", "notebook", *(f"ours, {data} IPC {ipc}" for data, ipc in CASES)]
+    columns += [f"published, CIFAR-10 IPC {QUOTED[1]}", "claims"]
+    notes = [f"{mark} {NOTES[mark]}{about(marks[mark])}" for mark in NOTES if mark in marks]
+    return "\n".join([*table(columns, rows), *(["", *"  \n".join(notes).split("\n")] if notes else [])])
+
+
+def ours(standing, name: str, data: str, ipc: int, marks: dict[str, list[str]]) -> str:
+    """The accuracy of a method in a case, marked unless it has hard labels and the common protocol and network.
+
+    One row stands for each protocol and network (:func:`lib.companion.tables.standing`). The common ones go first, then hard
+    labels, then the method's own notebook, then the order of its table.
+    """
+    rows = case_of(standing, data, ipc)
+    network = common_network(rows)
+    rows = [row for _, row in rows[rows["method"] == name].iterrows()]
+    if not rows:
+        return ""
+    row = min(
+        rows,
+        key=lambda row: (
+            len(mark_of(row, network)),
+            mark_of(row, network) == OWN,
+            row["notebook"] != METHODS[name].notebook,
+        ),
+    )
+    mark = mark_of(row, network)
+    if mark:
+        marks.setdefault(mark, []).append(f"{METHODS[name].title}: {row['protocol']}")
+    return f"{tables.spread_in(row).text(count=True)} {mark}".rstrip()
+
+
+def case_of(standing, data: str, ipc: int):
+    """The rows of a data set and IPC."""
+    return standing[(standing["dataset"] == data) & (standing["ipc"] == ipc)]
+
+
+def common_network(rows) -> str | None:
+    """The network on which random real images, hence the methods, are judged in a case."""
+    found = rows[
+        (rows["method"] == "random")
+        & (rows["protocol"] == PROTOCOL)
+        & (rows["notebook"] == METHODS["random"].notebook)
+    ]
+    return None if found.empty else found["network"].iloc[0]
+
+
+def mark_of(row, network: str | None) -> str:
+    """ "" for hard labels under the common protocol, else what is different."""
+    if row["labels"] != "hard" or row["protocol"].startswith(("own", "regression", "fkd")):
+        return OWN
+    return "" if (row["protocol"], row["network"]) == (PROTOCOL, network) else OTHER
+
+
+def quoted(name: str, marks: dict[str, list[str]]) -> str:
+    """The published accuracy of a method as published."""
+    frame = published.numbers([name], [QUOTED[0]])
+    frame = frame[(frame["ipc"] == QUOTED[1]) & (frame["variant"] == "")]
+    if frame.empty:
+        return ""
+    row = frame.iloc[0]
+    text = Spread.stated(row["acc"], row["acc_sd"]).text()
+    if row["network"] == NETWORK:
+        return text
+    marks.setdefault(ELSE, []).append(f"{METHODS[name].title}: {row['network']}")
+    return f"{text} {ELSE}"
+
+
+def full(standing, data: str, ipc: int) -> str:
+    """The accuracy on all training data that stands beside random real images."""
+    rows = case_of(standing, data, ipc)
+    rows = rows[(rows["method"] == "random") & (rows["protocol"] == PROTOCOL)].dropna(subset=["full_acc"])
+    return "" if rows.empty else f"{rows['full_acc'].iloc[0]:.1f}"
+
+
+def full_published() -> str:
+    frame = published.numbers(["full data"], [QUOTED[0]])
+    return "" if frame.empty else Spread.stated(frame["acc"].iloc[0], frame["acc_sd"].iloc[0]).text()
+
+
+def paper(name: str) -> str:
+    """``DM (Zhao & Bilen 2023)``, linked where the paper can be read."""
+    entry = METHODS[name]
+    about = "; ".join(filter(None, [entry.paper, "our reconstruction" if entry.reconstruction else ""]))
+    title = f"{entry.title} ({about})" if about else entry.title
+    return f"[{title}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else title
+
+
+def about(said: list[str]) -> str:
+    return f" ({', '.join(dict.fromkeys(said))})" if said else ""
+
+
+# -- notebooks and rooms --------------------------------------------------------------------------------------------------
+
+
+def others(root: Path, records: dict[str, dict]) -> str:
+    """The notebooks that show no method of the registry."""
+    rows = yaml.safe_load((root / "workflow" / "notebooks.yaml").read_text(encoding="utf-8"))["notebooks"]
+    shown = {entry.notebook for entry in METHODS.values()}
+    wanted = [(name, row["title"]) for name, row in rows.items() if name not in shown]
+    lines = [[linked(name), title, held(records.get(name))] for name, title in wanted]
+    return "\n".join(table(["notebook", "about", "claims"], lines))
+
+
+def rooms(folder: Path) -> str:
+    """Every package and module at the top of ``folder``, with the first sentence of its docstring."""
+    files = {path.stem: path for path in folder.glob("*.py") if path.stem != "__init__"}
+    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
+    order = sorted(files, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    lines = [
+        [f"`lib/{name}{'' if files[name].stem == '__init__' else '.py'}`", sentence(files[name])]
+        for name in order
+    ]
+    return "\n".join(table(["where", "what"], lines))
+
+
+def sentence(path: Path) -> str:
+    """The first sentence of a file's docstring, on one line."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    if not docstring:
+        raise CompanionError(f"{path} has no docstring to say what it is")
+    paragraph = " ".join(docstring.split("\n\n")[0].split()).replace("``", "`").replace("|", "\\|")
+    return re.split(r"(?<=[a-z`$)])\. (?=[A-Z])", paragraph)[0].rstrip(".:")
+
+
+def linked(notebook: str) -> str:
+    return f"[{notebook}](notebooks/{notebook}.ipynb)"
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    columns = list(columns)
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow.pages.readme", description="README.md from code and results."
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 and name the parts that are out of date"
+    )
+    given = parser.parse_args(words)
+    readme = ROOT / "README.md"
+    try:
+        before = readme.read_text(encoding="utf-8")
+        after = rewritten(before, writers(ROOT))
+    except CompanionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    changed = [
+        old[2]
+        for old, new in zip(BLOCK.finditer(before), BLOCK.finditer(after), strict=True)
+        if old[0] != new[0]
+    ]
+    if changed:
+        print(
+            f"README.md: {', '.join(changed)} {'out of date: python -m workflow.pages.readme' if given.check else 'written'}"
+        )
+    if changed and not given.check:
+        write_text(readme, after)
+    return int(given.check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
