@@ -50,11 +50,11 @@ def test_the_example_is_short():
     assert len(lines) < 60
 
 
-def test_the_example_equals_its_plain_version(example, toy):
+def test_the_example_equals_its_plain_version(example):
     names = vars(test_plain)
     cases = eval(f"dict({{{_block('CASES in tests/test_plain.py')}}})", names)
     for name, (case,) in cases.items():
-        test_plain.test_the_method_equals_its_plain_version(toy, name, case)
+        test_plain.test_the_method_equals_its_plain_version(name, case)
     test_plain.test_the_plain_version_can_be_read("trace")
 
 
