@@ -7,33 +7,30 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator, toy_data
+from helpers import generator
+from test_distill import interrupted, same
 
 from lib import nets
 from lib.distill import distill
 from lib.match import attention
-from lib.methods import datadam, dm
-from lib.methods.datadam import DataDAM
+from lib.match.attention import Attention
+from lib.match.distance import At, Look
+from lib.match.features import ClassMean
+from lib.methods import dm
+from lib.methods.datadam import DataDAM, attention_and_mean
 from lib.methods.dm import DM
 from lib.system.errors import CompanionError
 
-BASE = DM(iterations=6, real_batch=8, network="convnet-d3-w4", augmentation="none")
-FULL = DataDAM(**vars(BASE))
+FULL = DataDAM(iterations=6, real_batch=8, network="convnet-d3-w4", augmentation="none")
+CODE = replace(FULL, network="convnet-d3-w4-batch", distance=attention_and_mean(1.0))  # as released
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return toy_data()
+def network(name: str, toy) -> torch.nn.Module:
+    return nets.make(name, toy.train, generator(3)).train()
 
 
-@pytest.fixture
-def state(toy):
-    return FULL.begin(toy.train, 4, generator())
-
-
-def observed(method, state, *images):
-    network = nets.initialise(state.network, generator(3)).train()
-    return [method.observe(network, one) for one in images]
+def looks(method: DataDAM, toy, *images) -> list[Look]:
+    return [Look(network(method.network, toy), one, method.distance.taps) for one in images]
 
 
 def batches(toy, real=8, syn=4):
@@ -42,17 +39,18 @@ def batches(toy, real=8, syn=4):
 
 @pytest.mark.parametrize("ipc, augmentation", [(1, "none"), (3, "data")])
 def test_without_attention_it_is_dm_bit_for_bit(toy, ipc, augmentation):
-    for variant, norm in (("paper", "instance"), ("code", "batch")):
-        base = replace(BASE, augmentation=augmentation)
-        plain = distill(replace(base, network=f"{base.network}-{norm}"), toy.train, ipc, 5)
-        off = distill(DataDAM(**vars(base), variant=variant, attention=0.0), toy.train, ipc, 5)
+    for method in (FULL, CODE):
+        method = replace(method, augmentation=augmentation)
+        parts = {"iterations": 6, "real_batch": 8, "network": method.network, "augmentation": augmentation}
+        plain = distill(DM(**parts), toy.train, ipc, 5)
+        off = distill(replace(method, distance=attention_and_mean().parts[0]), toy.train, ipc, 5)
         assert torch.equal(plain.synset.codes, off.synset.codes)
         assert off.history.keys() == {"loss"} and torch.equal(plain.history["loss"], off.history["loss"])
-    instance = distill(replace(BASE, augmentation=augmentation), toy.train, ipc, 5)
+    instance = distill(replace(DM(**parts), network=FULL.network), toy.train, ipc, 5)
     assert not torch.equal(instance.synset.codes, plain.synset.codes)  # batch norm is another network
 
 
-def test_a_weight_of_zero_leaves_its_term_out_and_the_loss_is_the_sum_of_the_others(toy):
+def test_the_loss_is_the_sum_of_its_terms_and_one_term_alone_has_no_name(toy):
     history = distill(FULL, toy.train, 3).history
     assert history.keys() == {
         "loss",
@@ -61,28 +59,34 @@ def test_a_weight_of_zero_leaves_its_term_out_and_the_loss_is_the_sum_of_the_oth
         "attention2",
     }  # depth 3: the last ReLU is left out
     torch.testing.assert_close(history["loss"], sum(v for name, v in history.items() if name != "loss"))
-    alone = distill(replace(FULL, task_balance=0.0, layers=(2,)), toy.train, 3).history
+    alone = distill(replace(FULL, distance=Attention(layers=(2,))), toy.train, 3).history
     assert alone.keys() == {"loss"} and torch.equal(alone["loss"][0], history["attention2"][0])
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
-def test_objective_against_a_loop_over_classes_images_and_layers(toy, variant):
-    method = replace(FULL, variant=variant)
-    state = method.begin(toy.train, 4, generator())
+def test_equal_sets_have_no_distance_and_order_within_a_class_does_not_matter(toy):
     real, syn = batches(toy)
-    terms = method.terms(state, *observed(method, state, real, syn))
-    p = {"paper": 4, "code": 1}[variant]
-    network = nets.initialise(state.network, generator(3)).train()
-    sides = [
-        network.look(one.flatten(0, 1), "act") for one in (real, syn)
-    ]  # batch norm: all classes in one pass
+    same = FULL.distance.between(*looks(FULL, toy, real, real.flip(1)))
+    assert all(value.abs().max() < 1e-5 for value in same.values())
+    one = FULL.distance.between(*looks(FULL, toy, real, syn))
+    two = FULL.distance.between(*looks(FULL, toy, real.flip(1), syn.roll(1, 1)))
+    wrong = FULL.distance.between(*looks(FULL, toy, real, syn.roll(1, 0)))  # classes out of step
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+        assert (wrong[name] - value).abs().max() > 0.05 * value.max()
+
+
+def test_the_released_form_against_a_loop_over_classes_images_and_layers(toy):
+    """With batch norm, where all classes of a side go through the network together: the plain version is of one class at a time."""
+    real, syn = batches(toy)
+    terms = CODE.distance.between(*looks(CODE, toy, real, syn))
+    sides = [network(CODE.network, toy).look(one.flatten(0, 1), "act") for one in (real, syn)]
     for layer in (0, 1):
         for c in range(3):
             means = []
             for (maps, _), count in zip(sides, (8, 4), strict=True):
                 total = 0.0
                 for image in maps[layer][c * count : (c + 1) * count]:
-                    flat = sum(channel.abs() ** p for channel in image).flatten()
+                    flat = sum(channel.abs() for channel in image).flatten()
                     total = total + flat / flat.norm()
                 means.append(total / count)
             want = 100 * (means[0] - means[1]).square().sum()
@@ -91,18 +95,6 @@ def test_objective_against_a_loop_over_classes_images_and_layers(toy, variant):
         gap = sides[0][1][c * 8 : c * 8 + 8].mean(0) - sides[1][1][c * 4 : c * 4 + 4].mean(0)
         torch.testing.assert_close(terms["mean"][c], gap.square().sum(), rtol=1e-4, atol=1e-5)
     assert all(value.max() > 1e-4 for value in terms.values())
-
-
-def test_equal_sets_have_no_distance_and_order_within_a_class_does_not_matter(toy, state):
-    real, syn = batches(toy)
-    same = FULL.terms(state, *observed(FULL, state, real, real.flip(1)))
-    assert all(value.abs().max() < 1e-5 for value in same.values())
-    one = FULL.terms(state, *observed(FULL, state, real, syn))
-    two = FULL.terms(state, *observed(FULL, state, real.flip(1), syn.roll(1, 1)))
-    wrong = FULL.terms(state, *observed(FULL, state, real, syn.roll(1, 0)))  # classes out of step
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
-        assert (wrong[name] - value).abs().max() > 0.05 * value.max()
 
 
 def test_more_channels_of_the_same_kind_or_brighter_ones_change_no_attention():
@@ -154,120 +146,89 @@ def test_distances_of_mean_maps():
         assert torch.autograd.grad(value.sum(), equal)[0].isfinite().all()
 
 
-def test_real_side_in_parts_is_the_whole_and_keeps_no_channels(toy, state, monkeypatch):
-    real = batches(toy, real=12)[0]
-    network = nets.initialise(state.network, generator(3)).train()
-    whole = FULL.observe_real(network, real)
+def test_real_side_in_parts_is_the_whole_and_keeps_no_channels(toy, monkeypatch):
+    real, net = batches(toy, real=12)[0], network(FULL.network, toy)
+    whole = FULL.observe_real(net, real)
     monkeypatch.setattr(dm, "rows_at_once", lambda *_: 4)
-    parts = FULL.observe_real(network, real)
-    assert [tuple(part.shape) for part in parts] == [(3, 12, 4), (3, 3, 64), (3, 3, 16)]
-    for value in FULL.terms(state, whole, parts).values():
+    parts = FULL.observe_real(net, real)
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    assert shapes == {"0.embedding": (3, 12, 4), "1.1": (3, 3, 64), "1.2": (3, 3, 16)}
+    for value in FULL.distance.terms(whole, parts, At()).values():
         assert value.abs().max() < 1e-6
 
 
 def test_batch_norm_sees_all_classes_at_once(toy):
-    method = replace(FULL, variant="code")
-    state = method.begin(toy.train, 4, generator())
-    network = nets.initialise(state.network, generator(3)).train()
-    assert nets.has_batch_norm(network) and method.exponent == 1
-    real = batches(toy)[0]
-    alone = torch.cat([method.observe(network, real[c : c + 1])[1] for c in range(3)])
-    assert not torch.allclose(method.observe_real(network, real)[1], alone, atol=1e-3)
+    net, real = network(CODE.network, toy), batches(toy)[0]
+    assert nets.has_batch_norm(net)
+    alone = torch.cat([CODE.observe_real(net, real[c : c + 1])["1.1"] for c in range(3)])
+    assert not torch.allclose(CODE.observe_real(net, real)["1.1"], alone, atol=1e-3)
 
 
-def test_half_precision_maps_are_pooled_in_float32(toy, state):
-    real = 20 * batches(toy)[0]
-    network = nets.initialise(state.network, generator(3)).train()
+def test_half_precision_maps_are_pooled_in_float32(toy):
+    exact, rough = looks(FULL, toy, *2 * [20 * batches(toy)[0]])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = FULL.observe(network, real)
-    for one, other in zip(FULL.observe(network, real)[1:], half[1:], strict=True):
-        assert other.dtype == torch.float32
-        torch.testing.assert_close(other, one, rtol=0, atol=0.02)
+        half = FULL.distance.observe(rough)
+    whole = FULL.distance.observe(exact)
+    for name in ("1.1", "1.2"):
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], whole[name], rtol=0, atol=0.02)
 
 
-def test_variants_and_another_norm_or_exponent(toy):
-    for options, norm, p in (
-        ({}, "instance", 4),
-        ({"variant": "code"}, "batch", 1),
-        ({"variant": "code", "p": 2}, "batch", 2),
-        ({"network": "convnet-d2-w4-batch"}, "batch", 4),
-    ):
-        method = replace(FULL, **options)
-        state = method.begin(toy.train, 2, generator())
-        assert state.network.norm == norm and method.exponent == p
-
-
-@pytest.mark.parametrize("variant", ["paper", "code"])
-def test_resumed_run_ends_with_the_same_bits(toy, tmp_path, variant):
-    class Killed(Exception):
-        pass
-
-    def kill(step, *_):
-        if step == 24:
-            raise Killed
-
-    method = replace(FULL, iterations=30, variant=variant)
+@pytest.mark.parametrize("method", [FULL, CODE], ids=["paper", "code"])
+def test_resumed_run_ends_with_the_same_bits(toy, tmp_path, method):
+    method = replace(method, iterations=30)
     calm = distill(method, toy.train, 3, 7)
-    path = tmp_path / "checkpoint"
-    with pytest.raises(Killed):
-        distill(method, toy.train, 3, 7, checkpoint=path, checkpoint_seconds=0.0, callback=kill)
-    steps = []
-    again = distill(method, toy.train, 3, 7, checkpoint=path, callback=lambda step, *_: steps.append(step))
-    assert steps[0] == 21 and torch.equal(calm.synset.codes, again.synset.codes)
-    assert all(torch.equal(calm.history[name], again.history[name]) for name in calm.history)
+    interrupted(method, toy.train, tmp_path / "a", 24, ipc=3)
+    same(distill(method, toy.train, 3, 7, checkpoint=tmp_path / "a"), calm)
 
 
 def test_attention_of_the_images_comes_nearer_to_the_real_one(toy):
-    long = DataDAM(**vars(replace(BASE, iterations=40, lr=0.3)), p=2)
-    codes = {
-        name: distill(replace(long, **options), toy.train, 4, 5).synset.codes.unflatten(0, (3, 4))
-        for name, options in (("both", {}), ("mean alone", {"attention": 0.0}))
-    }
-    real, state = toy.train.sample(20, generator(8)), long.begin(toy.train, 4, generator())
-    gaps = {}
-    for name, images in codes.items():
-        terms = long.terms(state, *observed(long, state, real, images))
-        gaps[name] = (terms["attention1"] + terms["attention2"]).sum()
-    assert gaps["both"] < 0.6 * gaps["mean alone"]
+    long = replace(FULL, iterations=40, lr=0.3)
+    both, real = attention_and_mean(2.0), toy.train.sample(20, generator(8))
+    gaps = []
+    for distance in (both, ClassMean()):
+        codes = distill(replace(long, distance=distance), toy.train, 4, 5).synset.codes.unflatten(0, (3, 4))
+        terms = both.between(*looks(long, toy, real, codes))
+        gaps.append((terms["attention1"] + terms["attention2"]).sum())
+    assert gaps[0] < 0.6 * gaps[1]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Attention(pooling="mean"), "unknown attention pooling 'mean'; allowed: max, sum"),
+        (
+            lambda: Attention(normalisation="l3"),
+            "unknown attention normalisation 'l3'.*allowed: frobenius, l1, l2, none",
+        ),
+        (
+            lambda: Attention(distance="cosine"),
+            "unknown attention distance 'cosine'.*allowed: angle, mae, mse",
+        ),
+        (lambda: Attention(p=0), "exponent p = 0 is not allowed"),
+        (lambda: Attention(0.0), "weight 0.0 of Attention is not allowed: it must be positive"),
+        (lambda: attention_and_mean(lam=-0.1), "weight -10.0 of ClassMean is not allowed"),
+    ],
+)
+def test_an_attention_that_does_not_exist_is_one_line(make, message):
+    with pytest.raises(CompanionError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (
-            {"variant": "papers"},
-            r"unknown variant of DataDAM 'papers' \(did you mean 'paper'\?\); allowed: code, paper",
+            {"distance": Attention(layers=(1, 4))},
+            r"attention layers \(1, 4\) at depth 3: allowed are some of 1 to 3",
         ),
-        ({"pooling": "mean"}, "unknown attention pooling 'mean'; allowed: max, sum"),
-        ({"normalisation": "l3"}, "unknown attention normalisation 'l3'.*allowed: frobenius, l1, l2, none"),
-        ({"distance": "cosine"}, "unknown attention distance 'cosine'.*allowed: angle, mae, mse"),
-        ({"p": 0}, "exponent p = 0 is not allowed"),
-        ({"layers": (1, 4)}, r"attention layers \(1, 4\) of 'convnet-d3-w4': allowed are some of 1 to 3"),
-        ({"layers": ()}, r"attention layers \(\)"),
-        (
-            {"network": "convnet-d1-w4"},
-            r"attention layers \(\) of 'convnet-d1-w4': allowed are some of 1 to 1",
-        ),
-        ({"network": "lenet"}, "network 'lenet' has no maps to tap.*convnet"),
-        ({"attention": 0.0, "task_balance": 0.0}, "leave no objective"),
-        ({"task_balance": -0.1}, "task_balance -0.1 of DataDAM is not allowed: at least 0"),
+        ({"distance": Attention(layers=())}, r"attention layers \(\) at depth 3"),
+        ({"network": "convnet-d1-w4"}, r"attention layers \(\) at depth 1: allowed are some of 1 to 1"),
+        ({"network": "lenet"}, "Attention looks at maps, LeNet has none to tap: allowed is a convnet-"),
     ],
 )
-def test_bad_input_is_one_line(toy, options, message):
+def test_a_network_without_these_maps_is_one_line(toy, options, message):
     with pytest.raises(CompanionError, match=message) as error:
         distill(replace(FULL, **options), toy.train, 2)
     assert "\n" not in str(error.value)
-
-
-def test_presets_are_the_published_settings():
-    table, code = datadam.PRESETS["paper"], datadam.PRESETS["paper-code"]
-    assert (table.iterations, table.lr, table.task_balance, table.exponent, table.scale) == (
-        8000,
-        1.0,
-        0.01,
-        4,
-        100,
-    )
-    assert (code.iterations, code.real_batch, code.exponent) == (20_000, 64, 1)
-    assert datadam.PRESETS["paper-imagenet128"].task_balance == 0.02
-    assert datadam.PRESETS["paper-ipc100"].lr == 10.0
