@@ -10,34 +10,39 @@ import pytest
 import torch
 from helpers import generator
 from scipy.optimize import linear_sum_assignment
+from test_distill import interrupted, same
 
 from lib import nets
 from lib.distill import distill, read_checkpoint
-from lib.match import features, mmd, transport
-from lib.methods import settings, wasserstein
+from lib.match import features, mmd, points, transport
+from lib.match.distance import At, Distance, Look, Sum
+from lib.match.features import ClassMean
+from lib.match.points import Critic, Sinkhorn, Sliced, Wasserstein, values
 from lib.methods.dm import DM
-from lib.methods.wasserstein import DISTANCES, PRESETS, WassersteinDM, values
+from lib.methods.wasserstein import DISTANCES, WassersteinDM
+from lib.nets.supply import Fresh
 from lib.system.errors import CompanionError
 
 NET = "convnet-d2-w4"
 PLAIN = {"iterations": 5, "real_batch": 8, "network": NET}
-SMALL = WassersteinDM(
-    **PLAIN, critic="mlp", critic_lr=1e-3, critic_first=(2, 4), critic_steps=2, projections=16
-)
+SMALL = WassersteinDM(**PLAIN)
+OURS = DISTANCES | {"sliced": Sliced(projections=16)}
+CRITIC = Critic("mlp", lr=1e-3, steps=2, first=(2, 4))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-def of(distance: str, **options) -> WassersteinDM:
+def of(distance: str | Distance, **options) -> WassersteinDM:
+    distance = OURS[distance] if isinstance(distance, str) else distance
     return replace(SMALL, distance=distance, **options)
 
 
-def state_of(method, train, ipc, seed=0):
-    state = method.begin(train, ipc, generator(seed))
-    state.generator = generator(seed)
-    return state
+def between(distance: Distance, real: torch.Tensor, syn: torch.Tensor) -> torch.Tensor:
+    """Its one term on these points."""
+    (value,) = distance.between(Look.of(real), Look.of(syn), At(generator=generator())).values()
+    return value
 
 
 # -- DM as a special case ---------------------------------------------------------------------------------------------
@@ -64,7 +69,7 @@ def test_one_image_per_class_moves_as_under_dm(toy):
 
 
 def test_a_large_epsilon_is_dm_and_a_small_one_exact(toy):
-    far, mean = (distill(m, toy.train, 2, 5).synset.codes for m in (of("sinkhorn", epsilon=1e4), of("mean")))
+    far, mean = (distill(m, toy.train, 2, 5).synset.codes for m in (of(Sinkhorn(epsilon=1e4)), of("mean")))
     torch.testing.assert_close(far, mean, rtol=0, atol=2e-3)
     real, syn = randn(3, 4, 3), randn(3, 4, 3, seed=1)
     near, _ = transport.divergence_and_error(real, syn, relative=0.02, sweeps=3000)
@@ -79,18 +84,17 @@ def test_sliced_along_all_axes_moves_one_image_as_dm(toy, monkeypatch):
     def basis(d, count, generator, like):
         return torch.eye(d)
 
-    monkeypatch.setattr(wasserstein.transport, "directions", basis)
+    monkeypatch.setattr(transport, "directions", basis)
     ours, theirs = distill(of("sliced"), toy.train, 1, 5), distill(DM(**PLAIN), toy.train, 1, 5)
     torch.testing.assert_close(ours.synset.codes, theirs.synset.codes, rtol=1e-4, atol=1e-4)
 
 
-def test_sliced_stays_below_w2_on_every_direction_and_is_unbiased_for_a_shift(toy):
-    method = of("sliced", projections=4000)
-    state, real = state_of(method, toy.train, 2), randn(3, 8, 5)
-    shifted = method.primal(state, real, real + 2)
+def test_sliced_stays_below_w2_on_every_direction_and_is_unbiased_for_a_shift():
+    distance, real = Sliced(projections=4000), randn(3, 8, 5)
+    shifted = between(distance, real, real + 2)
     torch.testing.assert_close(shifted, torch.full((3,), 20.0, dtype=torch.float64), rtol=0.05, atol=0)
     syn = randn(3, 4, 5, seed=1)
-    assert (method.primal(state, real, syn) / 5 <= transport.wasserstein(real, syn)).all()
+    assert (between(distance, real, syn) / 5 <= transport.wasserstein(real, syn)).all()
 
 
 # -- the step ---------------------------------------------------------------------------------------------------------
@@ -119,13 +123,12 @@ def test_a_step_equals_a_linear_program_per_class(toy, distance):
 
 
 @pytest.mark.parametrize("distance", [d for d in DISTANCES if d != "critic"])
-def test_the_order_of_the_synthetic_images_does_not_matter(toy, distance):
-    method = of(distance)
+def test_the_order_of_the_synthetic_images_does_not_matter(distance):
     real, syn = randn(3, 8, 6), randn(3, 4, 6, seed=1)
     order, gradients = torch.tensor([2, 0, 3, 1]), []
-    for points in (syn, syn[:, order]):
-        leaf = points.clone().requires_grad_()
-        value = method.primal(state_of(method, toy.train, 2), real, leaf)
+    for one in (syn, syn[:, order]):
+        leaf = one.clone().requires_grad_()
+        value = between(OURS[distance], real, leaf)
         gradients.append(torch.autograd.grad(value.sum(), leaf)[0])
     assert value.shape == (3,) and gradients[0].abs().max() > 1e-3
     torch.testing.assert_close(gradients[1], gradients[0][:, order], rtol=1e-6, atol=1e-8)
@@ -134,7 +137,8 @@ def test_the_order_of_the_synthetic_images_does_not_matter(toy, distance):
 @pytest.mark.parametrize("distance", [d for d in DISTANCES if d != "critic"])
 def test_a_set_that_equals_the_batch_is_at_rest(toy, distance):
     start = toy.train.sample(20, generator(1)).flatten(0, 1)
-    method = WassersteinDM(iterations=2, network=NET, distance=distance, epsilon=1.0)
+    chosen = Sinkhorn(epsilon=1.0) if distance == "sinkhorn" else DISTANCES[distance]
+    method = WassersteinDM(iterations=2, network=NET, distance=chosen)
     run = distill(method, toy.train, 20, 1)
     assert run.history["loss"].abs().max() < 2e-3  # squared distances of float32 features of length about 5
     torch.testing.assert_close(run.synset.codes, start, rtol=0, atol=5e-3)
@@ -152,19 +156,18 @@ def test_every_distance_lowers_itself(toy, distance):
 def test_pooled_and_projected_embeddings(toy):
     network = nets.make(NET, toy.train, generator())
     images = toy.train.sample(4, generator())
-    (whole,) = SMALL.observe(network, images)
-    (pooled,) = replace(SMALL, pool=1).observe(network, images)
+
+    def seen(pool: int) -> torch.Tensor:
+        return Wasserstein(pool=pool).observe(Look(network, images, ("pool",)))["points"]
+
+    whole, pooled = seen(0), seen(1)
     assert whole.shape == (3, 4, 16) and pooled.shape == (3, 4, 4)
     torch.testing.assert_close(pooled, whole.unflatten(2, (4, 4)).mean(-1))
-    assert torch.equal(
-        replace(SMALL, pool=2).observe(network, images)[0], whole
-    )  # 2 x 2 positions: nothing to pool
-    method = replace(SMALL, project=4000)
-    state, (x, y) = state_of(method, toy.train, 2), (randn(3, 8, 5), randn(3, 4, 5, seed=1))
-    torch.testing.assert_close(
-        features.class_mean(*method.projected(state, x, y)), features.class_mean(x, y), rtol=0.1, atol=0
-    )
-    moved = distill(replace(SMALL, pool=1, project=8), toy.train, 2, 0).history["loss"]
+    assert torch.equal(seen(2), whole)  # 2 x 2 positions: nothing to pool
+    x, y = randn(3, 8, 5), randn(3, 4, 5, seed=1)
+    close = {"rtol": 0.1, "atol": 0}  # squared lengths are kept on average
+    torch.testing.assert_close(between(Wasserstein(project=4000), x, y), transport.wasserstein(x, y), **close)
+    moved = distill(of(Wasserstein(pool=1, project=8)), toy.train, 2, 0).history["loss"]
     assert moved.shape == (5,) and (moved > 0).all()
 
 
@@ -172,7 +175,7 @@ def test_pooled_and_projected_embeddings(toy):
 
 
 def test_sinkhorn_that_does_not_converge_is_told_once_with_its_error(toy, tmp_path):
-    method = of("sinkhorn", epsilon=1e-3, sweeps=12)
+    method = of(Sinkhorn(epsilon=1e-3, sweeps=12))
     with pytest.warns(UserWarning) as told:
         run = distill(method, toy.train, 3, 0, checkpoint=tmp_path / "a", checkpoint_seconds=0.0)
     assert len([w for w in told if "Sinkhorn" in str(w.message)]) == 1
@@ -190,12 +193,12 @@ def test_sinkhorn_that_does_not_converge_is_told_once_with_its_error(toy, tmp_pa
 
 def trained_critics(train, penalty):
     """Gap, largest slope between any two of the points, and exact W_1, each (3,)."""
-    method = of("critic", critic_lr=5e-3, penalty=penalty)
-    state = state_of(method, train, 2)
+    distance, g = replace(CRITIC, lr=5e-3, penalty=penalty), generator()
+    memory = distance.begin(train, g)
     real, syn = train.sample(8, generator(1)), 0.3 * train.sample(4, generator(2)) + 0.5
     for _ in range(100):
-        method.improve(state, real, syn)
-    of_real, of_syn = (values(state.critics, x, fixed=True) for x in (real, syn))
+        distance.improve(memory, real, syn, g)
+    of_real, of_syn = (values(memory.critics, x, fixed=True) for x in (real, syn))
     points, theta = torch.cat([real, syn], 1).flatten(2), torch.cat([of_real, of_syn], 1)
     apart = mmd.distances(points, points) + 1e9 * torch.eye(points.shape[1])
     slope = ((theta.unsqueeze(2) - theta.unsqueeze(1)).abs() / apart).amax((1, 2))
@@ -213,30 +216,29 @@ def test_critics_find_the_gap_of_two_sets_but_no_more_than_w1(toy):
 
 def test_every_critic_sees_its_own_class_alone(toy):
     for critic in ("mlp", "convnet-d2-w4-none-leaky"):
-        method = of("critic", critic=critic)
-        state = state_of(method, toy.train, 2)
+        memory = Critic(critic).begin(toy.train, generator())
         images = toy.train.sample(4, generator())
-        all_at_once = values(state.critics, images)
+        all_at_once = values(memory.critics, images)
         assert all_at_once.shape == (3, 4)
         for c in range(3):
-            single = state.critics.network(c)(images[c]).squeeze(-1)
+            single = memory.critics.network(c)(images[c]).squeeze(-1)
             torch.testing.assert_close(all_at_once[c], single, rtol=1e-5, atol=1e-6)
 
 
 def test_the_penalty_of_a_linear_critic_of_unit_slope_is_zero(toy):
-    method = of("critic", penalty=1.0)
-    state = state_of(method, toy.train, 2)
+    distance = Critic("mlp", penalty=1.0)
+    memory = distance.begin(toy.train, generator())
 
     def linear(x):
         return x.flatten(2)[..., 0] * scale
 
     real, syn = toy.train.sample(4, generator(1)), toy.train.sample(2, generator(2))
     for scale, want in ((1.0, 0.0), (3.0, 12.0)):  # 3 classes x (3 - 1)^2
-        state.critic_optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
-        state.critics = _Linear(scale)
+        memory.optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+        memory.critics = _Linear(scale)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(wasserstein, "values", lambda critics, x, fixed=False: critics(x))
-            penalty = method.improve(state, real, syn)
+            patch.setattr(points, "values", lambda critics, x, fixed=False: critics(x))
+            penalty = distance.improve(memory, real, syn, generator())
         assert penalty.item() == pytest.approx(want, abs=1e-5)
 
 
@@ -251,76 +253,76 @@ class _Linear:
 
 
 def test_the_gap_pulls_the_images_and_leaves_the_critics_alone(toy):
-    method = of("critic", critic_first=(0, 1), critic_steps=1)
-    state = state_of(method, toy.train, 2)
-    before = {name: tensor.detach().clone() for name, tensor in state.critics.parameters.items()}
+    distance = replace(CRITIC, first=(0, 1), steps=1)
+    memory, g = distance.begin(toy.train, generator()), generator(3)
+    before = {name: tensor.detach().clone() for name, tensor in memory.critics.parameters.items()}
     syn = toy.train.sample(2, generator(2)).requires_grad_()
-    value = method.dual(state, toy.train.sample(4, generator(1)), syn)
-    changed = {name: tensor.detach().clone() for name, tensor in state.critics.parameters.items()}
+    seen = {"pixels": toy.train.sample(4, generator(1))}, {"pixels": syn}
+    value = distance.terms(*seen, At(generator=g, memory=memory))["critic"]
+    changed = {name: tensor.detach().clone() for name, tensor in memory.critics.parameters.items()}
     assert any(not torch.equal(before[n], changed[n]) for n in before)
-    gradients = [None if t.grad is None else t.grad.clone() for t in state.critics.parameters.values()]
+    gradients = [None if t.grad is None else t.grad.clone() for t in memory.critics.parameters.values()]
     value.sum().backward()
     assert syn.grad.abs().max() > 0
-    for was, tensor in zip(gradients, state.critics.parameters.values(), strict=True):
+    for was, tensor in zip(gradients, memory.critics.parameters.values(), strict=True):
         assert (was is None and tensor.grad is None) or torch.equal(was, tensor.grad)
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("distance", ["critic", "sinkhorn", "sliced"])
+@pytest.mark.parametrize(
+    "distance",
+    [CRITIC, Sinkhorn(epsilon=1.0), OURS["sliced"], ClassMean() + Sinkhorn(epsilon=1.0) + CRITIC],
+    ids=lambda d: type(d).__name__,
+)
 def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, distance):
-    method, path = replace(of(distance, epsilon=1.0), iterations=25), tmp_path / "checkpoint"
+    """Critics and their optimiser in the middle of a run; in a sum, every part with what it keeps."""
+    method, path = replace(of(distance), iterations=25), tmp_path / "checkpoint"
     calm = distill(method, toy.train, 2, 7)
-
-    def stop(step, *_):
-        if step == 13:
-            raise Stop
-
-    with pytest.raises(Stop):
-        distill(method, toy.train, 2, 7, checkpoint=path, checkpoint_seconds=0.0, callback=stop)
-    packed = read_checkpoint(path)
-    assert packed["done"] == 10 and packed["state"]["done"] == 10
-    assert (packed["state"]["critics"] is not None) == (distance == "critic")
-    resumed = distill(method, toy.train, 2, 7, checkpoint=path)
-    assert torch.equal(resumed.synset.codes, calm.synset.codes)
-    assert all(torch.equal(resumed.history[name], calm.history[name]) for name in calm.history)
+    interrupted(method, toy.train, path, 13)
+    kept = read_checkpoint(path)["state"]["compared"]
+    if isinstance(distance, Critic):
+        assert kept["done"] == 12 and {"weights", "optimiser"} < kept.keys()
+    elif isinstance(distance, Sum):
+        assert kept.keys() == {"1", "2"} and kept["2"]["done"] == 12
+    same(distill(method, toy.train, 2, 7, checkpoint=path), calm)
 
 
-# -- settings and mistakes --------------------------------------------------------------------------------------------
+def test_without_a_look_no_network_is_drawn(toy, monkeypatch):
+    drawn = []
+    draw = Fresh.draw
+    monkeypatch.setattr(Fresh, "draw", lambda *rest: drawn.append(1) or draw(*rest))
+    distill(of(CRITIC), toy.train, 2, 0)
+    assert drawn == []
+    distill(of(ClassMean() + CRITIC), toy.train, 2, 0)
+    assert len(drawn) == 5
 
 
-def test_presets():
-    assert settings(PRESETS, "digits").distance == "w2" and settings(PRESETS, "cifar10") == WassersteinDM()
-    assert all(preset.total_steps(10) == preset.iterations for preset in PRESETS.values())
-    assert DM().__dict__.items() <= PRESETS["paper"].__dict__.items()
+# -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "make, message",
     [
-        ({"distance": "w3"}, "unknown distance 'w3'.*allowed: critic, mean, sinkhorn, sliced, w1, w2"),
-        ({"epsilon": 0.0}, "epsilon 0.0 is not allowed: it must be positive"),
-        ({"epsilon": float("nan")}, "epsilon nan is not allowed"),
-        ({"penalty": -1.0}, "penalty -1.0"),
-        ({"sweeps": 0}, "sweeps must be a whole number of at least 1, not 0"),
-        ({"projections": 1.5}, "projections must be a whole number"),
-        ({"pool": -1}, "pool must be a whole number of at least 0"),
-        ({"distance": "critic", "pool": 1}, "the critic looks at pixels"),
+        (lambda: Wasserstein(p=3), "order 3 of a Wasserstein distance is not allowed: 1 or 2"),
+        (lambda: Sinkhorn(epsilon=0.0), "epsilon 0.0 is not allowed: it must be positive"),
+        (lambda: Sinkhorn(epsilon=float("nan")), "epsilon nan is not allowed"),
+        (lambda: Critic(penalty=-1.0), "penalty -1.0"),
+        (lambda: Sinkhorn(sweeps=0), "sweeps must be a whole number of at least 1, not 0"),
+        (lambda: Sliced(projections=1.5), "projections must be a whole number"),
+        (lambda: Wasserstein(pool=-1), "pool must be a whole number of at least 0"),
+        (lambda: WassersteinDM(distance="w2"), "'w2' is no distance: allowed are those of lib.match"),
     ],
 )
-def test_mistakes_are_told_in_one_line(options, message):
+def test_mistakes_are_told_in_one_line(make, message):
     with pytest.raises(CompanionError, match=message) as error:
-        replace(SMALL, **options)
+        make()
     assert "\n" not in str(error.value)
 
 
 def test_a_pool_that_the_network_does_not_have(toy):
     with pytest.raises(CompanionError, match="pool 3 is larger than the last map.*allowed 0 to 2"):
-        distill(replace(SMALL, pool=3), toy.train, 1, 0)
-    with pytest.raises(CompanionError, match="pool 1 needs a ConvNet"):
-        distill(replace(SMALL, pool=1, network="mlp"), toy.train, 1, 0)
+        distill(of(Wasserstein(pool=3)), toy.train, 1, 0)
+    with pytest.raises(CompanionError, match="Wasserstein looks at maps, MLP has none"):
+        distill(of(Wasserstein(pool=1), network="mlp"), toy.train, 1, 0)
 
 
 def test_without_pot_exact_transport_names_the_alternatives(toy, monkeypatch):
