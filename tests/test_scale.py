@@ -333,7 +333,6 @@ def test_a_mistake_on_the_command_line_is_one_line(finished, words, text):
         ({"method": "dm"}, "unknown method that recovers images in blocks"),
         ({"variant": "cdaa"}, "unknown variant 'cdaa'"),
         ({"recipe": "cifar1"}, "no recipe for cifar1 IPC 2; there are recipes for digits"),
-        ({"method": "sre2l", "variant": "cda"}, "no recipe for digits IPC 2 (cda)"),
         ({"options": {"lamda": 1}}, "unknown field of WMDD 'lamda'"),
         ({"teacher": {"networks": 1}}, "unknown field of Teacher 'networks'"),
         ({"teacher": {"network": "convnet-d2-w8"}}, "has no BatchNorm layer"),

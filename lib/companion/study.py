@@ -75,9 +75,9 @@ class Case:
             and ``dsa`` elsewhere).
     """
 
-    def __init__(self, run: Run, dataset: str, ipc: int):
+    def __init__(self, run: Run, dataset: str, ipc: int, whiten: str | None = None):
         self.run, self.dataset = run, dataset
-        self.data = datasets.load(dataset, device=run.device)
+        self.data = datasets.load(dataset, device=run.device, whiten=whiten)
         self.ipc = check_ipc(ipc, self.data.train.smallest_class)
         names = ("cpu-small", "cpu-small-dsa") if self.small else ("dc", "dsa")
         self.plain, self.augmented = (protocol(name, self.data.train) for name in names)
@@ -100,6 +100,11 @@ class Case:
         """The row of a method (its name, or its table) for this data set and IPC."""
         table = recipes(what) if isinstance(what, str) else what
         return table.find(self.data.train, self.ipc, variant)
+
+    def whitened(self, what: str | Recipes, variant: str = "") -> Case:
+        """The same case with the data whitened as the recipe of a method says (its paper's whitening; of small data: none)."""
+        kind = self.recipe(what, variant).whiten
+        return self if kind is None else Case(self.run, self.dataset, self.ipc, kind)
 
     def distil(self, settings, sets: int | None = None, snapshots: Sequence[int] = ()) -> list[Distilled]:
         """Independent distilled sets of one method (cached by content), seeds derived from the run's."""

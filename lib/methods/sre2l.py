@@ -253,6 +253,8 @@ _SCRIPT = "published script (settings by data set, not by IPC)"
 RECIPES = Recipes(
     small("digits", _SMALL, "own-fkd-digits"),
     small("photos16 photos32", _PHOTOS, "own-fkd-photos"),
+    small("digits", replace(_SMALL, milestone=1.0, crop=0.5), "own-fkd-digits", variant="CDA"),
+    small("photos16 photos32", replace(_PHOTOS, milestone=1.0, crop=0.5), "own-fkd-photos", variant="CDA"),
     published("imagenet", None, _IMAGENET, "own-fkd-1024", _SCRIPT),
     published("imagenet", None, replace(_IMAGENET, iterations=2000), "own-fkd-1024", "also released", variant="r2000"),
     published("tinyimagenet", 50, replace(_TINY, iterations=1000), "own-fkd-1024-tiny", "released set; the range of the roll is assumed"),
@@ -262,8 +264,8 @@ RECIPES = Recipes(
     published("imagenette", None, replace(_IMAGENET, iterations=2000, teacher=teachers.TEACHERS["wmdd"]), "own-fkd",
               "WMDD's script with its defaults and WMDD's teacher and iterations; how its authors ran SRe2L is not stated"),
     published("tinyimagenet", (50, 100), replace(_TINY, lr=0.4, bn_weight=0.05, milestone=1.0), "own-fkd-1024-tiny",
-              "CDA, published script; the range of the roll is assumed", variant="cda"),
-    published("imagenet", None, replace(_IMAGENET, milestone=1.0), "own-fkd-1024", "CDA, published script", variant="cda"),
+              "CDA, published script; the range of the roll is assumed", variant="CDA"),
+    published("imagenet", None, replace(_IMAGENET, milestone=1.0), "own-fkd-1024", "CDA, published script", variant="CDA"),
     published("imagenet21k", (10, 20), replace(_IMAGENET, iterations=2000, lr=0.05, bn_weight=0.25, milestone=1.0), "own-fkd-1024",
-              "CDA, published script", variant="cda"),
+              "CDA, published script", variant="CDA"),
 )  # fmt: skip

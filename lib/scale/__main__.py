@@ -72,7 +72,7 @@ def _plan_options(group) -> None:
         "data": "data set, such as digits, imagenet, imagenette, folder:/path",
         "root": "where data sets lie",
         "method": "wmdd or sre2l",
-        "variant": "of the method's published settings, such as cda",
+        "variant": "of the method's published settings, such as CDA",
         "recipe": "data set whose settings are taken (default: those of the data)",
         "labels": "soft labels: recompute or store",
     }.items():
