@@ -8,6 +8,7 @@ import pytest
 
 import lib
 from lib.companion import tables
+from lib.data import embedded
 from lib.evaluate.spread import Spread
 from lib.methods import METHODS
 from lib.system.errors import CompanionError
@@ -51,6 +52,14 @@ def test_every_room_of_the_library_is_on_the_map_once():
         path.name for path in (ROOT / folder).iterdir() if path.name not in ("__init__.py", "__pycache__")
     }
     assert sorted(re.findall(r"^\| `lib/([\w.]+)` \| .+ \|$", BLOCKS["rooms"], re.MULTILINE)) == sorted(found)
+
+
+def test_every_data_set_that_comes_with_the_project_is_named():
+    assert [name for name in embedded.NAMES if f"`{name}`" not in TEXT] == []
+    assert (
+        len({name.rstrip("0123456789") for name in embedded.NAMES}) == 3
+        and "three come with the project" in TEXT
+    )
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
