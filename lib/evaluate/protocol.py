@@ -124,6 +124,16 @@ PROTOCOLS = {
             )
             for epochs in (667, 1000, 1333, 1500, 2000)
         ),
+        Protocol("cafe", epochs=600, source="CAFE's code without augmentation: 600 epochs"),
+        Protocol(
+            "m3d", epochs=1000, batch=64, schedule="steps", augmentation="data", mode="idc", cutmix=1.0, networks=3,
+            source="M3D's code: IDC's evaluation with CutMix in every batch",
+        ),
+        Protocol(
+            "datadam", epochs=1800, batch=64, augmentation="data",
+            source="DataDAM's code; the paper's table halves the rate every 15 epochs and names no number of epochs",
+        ),
+        Protocol("ddm", epochs=1000, augmentation="data", networks=5, source="DDM's code: DM's evaluation, 5 networks"),
         Protocol("dcbench", epochs=1000, augmentation="data", networks=5, source="DC-BENCH with DSA; 300 epochs without"),
         Protocol("ddranking", epochs=1000, augmentation="data", labels="hard", networks=1, source="DD-Ranking, hard labels"),
         Protocol(
@@ -142,7 +152,7 @@ def protocol(name: str, data=None, **changes) -> Protocol:
 
     Args:
         name: one of :data:`PROTOCOLS`.
-        data: an ``ImageSet``; ``cpu-small`` takes a network and schedule of its size, ``idc`` drops cutout from the strategy.
+        data: an ``ImageSet``; ``cpu-small`` takes a network and schedule of its size, ``idc`` and ``m3d`` drop cutout from the strategy.
         changes: fields to replace, by name.
     Raises:
         CompanionError: unknown protocol or field.
@@ -155,7 +165,7 @@ def protocol(name: str, data=None, **changes) -> Protocol:
     if data is not None:
         if name.startswith("cpu-small"):
             chosen = replace(chosen, **_small(data))
-        if name == "idc":
+        if name in ("idc", "m3d"):
             kept = [family for family in data.augmentation.split("_") if family != "cutout"]
             chosen = replace(chosen, augmentation="_".join(kept))
     return replace(chosen, **changes)

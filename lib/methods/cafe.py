@@ -164,7 +164,7 @@ _SCRIPT = "published script, which is CIFAR-10's; no other setting is published"
 RECIPES = Recipes(
     small("digits", _SMALL),
     small("photos16 photos32", _PHOTOS),
-    published("fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(), "dc", _SCRIPT),
+    published("fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(), "cafe", _SCRIPT),
     published(
         "fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(augmentation="data"), "dsa", _SCRIPT, variant="DSA"
     ),

@@ -49,12 +49,12 @@ _CODE = replace(_TABLE, iterations=20_000, network="convnet-d3-w128-batch", dist
 RECIPES = Recipes(
     small("digits", _SMALL),
     small("photos16 photos32", _PHOTOS),
-    published("cifar10 cifar100", (1, 10, 50), _TABLE, "dsa", "hyper-parameter table"),
-    published("cifar10", (100, 200, 500, 1000), replace(_TABLE, lr=10.0), "dsa", "hyper-parameter table: rate 10 from IPC 100 on"),
-    published("tinyimagenet", (1, 10, 50), replace(_TABLE, network="convnet-d4-w128"), "dsa", "hyper-parameter table"),
+    published("cifar10 cifar100", (1, 10, 50), _TABLE, "datadam", "hyper-parameter table"),
+    published("cifar10", (100, 200, 500, 1000), replace(_TABLE, lr=10.0), "datadam", "hyper-parameter table: rate 10 from IPC 100 on"),
+    published("tinyimagenet", (1, 10, 50), replace(_TABLE, network="convnet-d4-w128"), "datadam", "hyper-parameter table"),
     published("imagenet imagenette imagewoof imagesquawk", (1, 2, 10, 50),
-              replace(_TABLE, network="convnet-d6-w128", distance=attention_and_mean(lam=0.02)), "dsa",
+              replace(_TABLE, network="convnet-d6-w128", distance=attention_and_mean(lam=0.02)), "datadam",
               "hyper-parameter table, beyond 64 px"),
-    published("cifar10 cifar100", (1, 10, 50), _CODE, "dsa", "released script", variant="code"),
-    published("cifar10", 100, replace(_CODE, lr=10.0), "dsa", "released script", variant="code"),
+    published("cifar10 cifar100", (1, 10, 50), _CODE, "datadam", "released script", variant="code"),
+    published("cifar10", 100, replace(_CODE, lr=10.0), "datadam", "released script", variant="code"),
 )  # fmt: skip

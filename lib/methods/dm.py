@@ -221,6 +221,7 @@ RECIPES = Recipes(
         "dsa",
         "section 4.2: rate 10 from IPC 100 on",
     ),
+    published("cifar100", (100, 125), _PAPER, "dsa", "section 4.2"),
     published(
         "tinyimagenet",
         (1, 10, 50),

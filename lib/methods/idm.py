@@ -62,22 +62,22 @@ _COMMANDS = "published commands"
 RECIPES = Recipes(
     small("digits", _SMALL),
     small("photos16 photos32", _PHOTOS),
-    published("cifar10", 1, _IPC1, "idm", _COMMANDS),
-    published("cifar10", 10, _CIFAR, "idm", _COMMANDS),
-    published("cifar10", 50, _with(_CIFAR, 0.1), "idm", _COMMANDS),
-    published("cifar100", 1, _IPC1, "idm", _COMMANDS),
-    published("cifar100", 10, _with(_CIFAR, 0.1, steps=50), "idm", _COMMANDS),
+    published("cifar10", 1, _IPC1, "dsa", _COMMANDS),
+    published("cifar10", 10, _CIFAR, "dsa", _COMMANDS),
+    published("cifar10", 50, _with(_CIFAR, 0.1), "dsa", _COMMANDS),
+    published("cifar100", 1, _IPC1, "dsa", _COMMANDS),
+    published("cifar100", 10, _with(_CIFAR, 0.1, steps=50), "dsa", _COMMANDS),
     published(
-        "cifar100", 50, _with(_CIFAR, 0.1), "idm", f"{_COMMANDS}; the author advises 40 training steps"
+        "cifar100", 50, _with(_CIFAR, 0.1), "dsa", f"{_COMMANDS}; the author advises 40 training steps"
     ),
-    published("tinyimagenet", (1, 10), _TINY, "idm", _COMMANDS),
-    published("tinyimagenet", 50, _with(_TINY, 0.8, steps=50), "idm", _COMMANDS),
-    published("imagenet100", (1, 10), _IMAGENET, "idm", f"{_COMMANDS}; 224 px"),
+    published("tinyimagenet", (1, 10), _TINY, "dsa", _COMMANDS),
+    published("tinyimagenet", 50, _with(_TINY, 0.8, steps=50), "dsa", _COMMANDS),
+    published("imagenet100", (1, 10), _IMAGENET, "dsa", f"{_COMMANDS}; 224 px"),
     published(
         "imagenet100",
         50,
         _with(replace(_IMAGENET, formation=Pixels()), size=100),
-        "idm",
+        "dsa",
         f"{_COMMANDS}; there from pretrained networks",
     ),  # fmt: skip
 )

@@ -54,10 +54,10 @@ _RELEASED = "released configuration; the rates of the tables are in files that w
 RECIPES = Recipes(
     small("digits", _SMALL),
     small("photos16 photos32", _PHOTOS),
-    published("cifar10 cifar100", (1, 10, 50), _PAPER, "idc", _RELEASED),
+    published("cifar10 cifar100", (1, 10, 50), _PAPER, "m3d", _RELEASED),
     published(
-        "cifar10", 10, replace(_PAPER, lr=5e-3), "idc", "the released default rate", variant="released-lr"
+        "cifar10", 10, replace(_PAPER, lr=5e-3), "m3d", "the released default rate", variant="released-lr"
     ),
-    published("mnist fashionmnist svhn", (1, 10, 50), replace(_PAPER, iterations=10_000), "idc", _RELEASED),
-    published("tinyimagenet", (1, 10, 50), replace(_PAPER, network="convnet-d4-w128"), "idc", _RELEASED),
+    published("mnist fashionmnist svhn", (1, 10, 50), replace(_PAPER, iterations=10_000), "m3d", _RELEASED),
+    published("tinyimagenet", (1, 10, 50), replace(_PAPER, network="convnet-d4-w128"), "m3d", _RELEASED),
 )

@@ -41,6 +41,7 @@ DISTANCES = {
     "critic": Critic(),
 }
 _W2 = WassersteinDM()
+_DATA = "mnist fashionmnist svhn cifar10 cifar100"
 _OURS = "ours: nothing is published; as DM"
 # On the small photographs the noise of small batches' plans asks for a lower rate.
 # W_1 has unit vectors for gradients: its rate is multiplied by a typical displacement.
@@ -51,13 +52,13 @@ RECIPES = Recipes(
     small(
         "photos16 photos32", WassersteinDM(iterations=200, lr=0.3, real_batch=64, network="convnet-d3-w32")
     ),
-    published("cifar10", (1, 10, 50), _W2, "dsa", _OURS),
+    published(_DATA, (1, 10, 50), _W2, "dsa", _OURS),
     published(
         "tinyimagenet", (1, 10, 50), replace(_W2, iterations=10_000, network="convnet-d4-w128"), "dsa", _OURS
     ),
     *(
         published(
-            "cifar10", (1, 10, 50), replace(_W2, distance=DISTANCES[name], lr=lr), "dsa", _OURS, variant=name
+            _DATA, (1, 10, 50), replace(_W2, distance=DISTANCES[name], lr=lr), "dsa", _OURS, variant=name
         )
         for name, lr in (("w1", 10.0), ("sinkhorn", 1.0), ("sliced", 1.0), ("critic", 10.0))
     ),
