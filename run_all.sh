@@ -73,36 +73,7 @@ wanted_stamp() {
 }
 
 set_up_already() { [[ -x $python && -f $stamp && $(<"$stamp") == "$(wanted_stamp)" ]]; }
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 pins() { sed -nE 's/^ +- ([A-Za-z0-9._-]+==[^ #]+).*/\1/p' environment.yml; }
-
-# The first Python >= 3.11 that can make a venv; 3.11 first because the tests ran with it.
-find_python() {
-  local candidate found="none"
-  for candidate in python3.11 python3 python3.12 python3.13 python3.14 python; do
-    command -v "$candidate" >/dev/null || continue
-    if ! new_enough "$candidate"; then
-      [[ $found != none ]] || found="only $("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' || true) at $(command -v "$candidate")"
-    elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
-      found="$(command -v "$candidate") without its venv module (Debian, Ubuntu: apt install python3-venv)"
-    else
-      echo "$candidate"
-      return
-    fi
-  done
-  fail "Python 3.11 or newer is needed, or conda, mamba or micromamba; found $found"
-}
-
-check_disk() {
-  local folder used=0 free
-  folder=$(dirname "$env_dir")
-  mkdir -p "$folder"
-  if [[ -d $env_dir ]]; then used=$(du -sm "$env_dir" | cut -f1); fi
-  free=$(df -Pm "$folder" | awk 'NR == 2 {print $4}')
-  if ((free + used < needed_mb)); then
-    fail "the environment needs $needed_mb MB of disk, $folder has $free MB free: make room or set COMPANION_ENV to a folder elsewhere"
-  fi
-}
 
 # Run a command quietly; if it fails, say which step broke and where its output is.
 step() {
@@ -114,41 +85,50 @@ step() {
   fi
 }
 
+# The first Python that can make a venv; 3.11 first because the tests ran with it.
+find_python() {
+  local candidate
+  for candidate in python3.11 python3 python3.12 python3.13 python3.14 python; do
+    if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "Python 3.11 or newer with its venv module is needed (Debian, Ubuntu: apt install python3-venv), or conda, mamba or micromamba; found $(python3 --version 2>&1 || true)"
+}
+
 create_environment() {
+  local tool free folder base
   if [[ -e $env_dir && ! -e $env_dir/pyvenv.cfg && ! -e $env_dir/conda-meta && -n $(ls -A "$env_dir") ]]; then
     fail "$env_dir exists and is not a Python environment: move it away or set COMPANION_ENV to another folder"
   fi
-  local tool candidate
+  rm -rf -- "$env_dir"
+  folder=$(dirname "$env_dir")
+  mkdir -p "$folder"
+  free=$(df -Pm "$folder" | awk 'NR == 2 {print $4}')
+  ((free >= needed_mb)) ||
+    fail "the environment needs $needed_mb MB of disk, $folder has $free MB free: make room or set COMPANION_ENV to a folder elsewhere"
   for tool in mamba micromamba conda; do
     command -v "$tool" >/dev/null || continue
-    rm -rf -- "$env_dir"
     step "creating the environment with $tool" "$tool" create -y -p "$env_dir" -c conda-forge --override-channels python=3.11 pip
     return
   done
-  candidate=$(find_python)
-  rm -rf -- "$env_dir"
-  step "creating the environment" "$candidate" -m venv "$env_dir"
+  base=$(find_python)
+  step "creating the environment" "$base" -m venv "$env_dir"
 }
 
-# Set a variable of uv by what pip is configured with, unless it is set: the index, the certificates.
-from_pip() {
-  local value
-  value=$("$python" -m pip config list | sed -nE "s/^(:env:|global|install)\.$2='(.*)'\$/\2/p" | head -n 1 | sed 's/\\n/ /g')
-  if [[ -z ${!1-} && -n $value ]]; then export "$1=$value"; fi
-}
-
-# uv: that on the path, or else one in the environment.
+# uv: that on the path, else one in the environment; with the index and the certificates that pip is configured with.
 find_uv() {
-  uv=$(command -v uv || true)
-  if [[ -z $uv ]]; then
-    uv=$env_dir/bin/uv
-    [[ -x $uv ]] || step "installing uv" "$python" -m pip install uv
-  fi
-  [[ -n ${UV_INDEX_URL-} ]] || from_pip UV_DEFAULT_INDEX index-url
-  [[ -n ${UV_EXTRA_INDEX_URL-} ]] || from_pip UV_INDEX extra-index-url
-  from_pip UV_FIND_LINKS find-links
-  from_pip SSL_CERT_FILE cert
-  # as pip does: of several indexes the best version; and the cache on the disk that was checked
+  local config pair name value
+  uv=$(command -v uv || echo "$env_dir/bin/uv")
+  [[ -x $uv ]] || step "installing uv" "$python" -m pip install uv
+  config=$("$python" -m pip config list)
+  for pair in UV_DEFAULT_INDEX=index-url UV_INDEX=extra-index-url UV_FIND_LINKS=find-links SSL_CERT_FILE=cert; do
+    name=${pair%%=*}
+    value=$(sed -nE "s/^(:env:|global|install)\.${pair#*=}='(.*)'\$/\2/p" <<<"$config" | head -n 1 | sed 's/\\n/ /g')
+    if [[ -z ${!name-} && -n $value ]]; then export "$name=$value"; fi
+  done
+  # as pip does: of several indexes the best version; the cache lies on the environment's disk
   export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} UV_CACHE_DIR=${UV_CACHE_DIR:-$root/.setup/uv} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 }
 
@@ -164,14 +144,11 @@ set_up() {
     flock 9 # a second call waits, then finds the work done
     if set_up_already; then return; fi
   fi
+  echo "Setting up $env_dir (a first time takes some minutes and about 3 GB of download; log: $log)" >&2
   : >"$log"
-  check_disk
+  rm -f -- "$stamp"
   # An environment whose pip does not start was cut off while it was made.
   if ! "$python" -m pip --version >/dev/null 2>&1; then create_environment; fi
-  new_enough "$python" || fail "the environment $env_dir has a Python older than 3.11: delete it and start again"
-
-  echo "Setting up $env_dir (a first time takes some minutes and about 3 GB of download; log: $log)" >&2
-  rm -f -- "$stamp"
   find_uv
   step "installing requirements.lock" "$uv" pip install --python "$python" -r requirements.lock
   # compat: a plain path entry, so that a clone never finds another clone's modules through a shared environment
@@ -233,16 +210,14 @@ run_tests() {
   return $((status > 0 ? status : notebooks))
 }
 
-# Versions that still fit are kept. Not in the environment: the old lock may be what breaks its set-up.
+# In an environment of its own, because the old lock may be what breaks the set-up; versions that still fit are kept.
 lock() {
+  local base
+  base=$(find_python)
+  env_dir=$root/.setup/lock-env python=$root/.setup/lock-env/bin/python
   mkdir -p .setup
   : >"$log"
-  if ! command -v uv >/dev/null && [[ ! -x $env_dir/bin/uv ]]; then
-    env_dir=$root/.setup/lock-env python=$root/.setup/lock-env/bin/python
-    step "creating an environment for uv" "$(find_python)" -m venv "$env_dir"
-  elif [[ ! -x $python ]]; then
-    python=$(find_python)
-  fi
+  step "creating an environment for uv" "$base" -m venv "$env_dir"
   find_uv
   cp requirements.lock .setup/new.lock
   pins | "$uv" pip compile - --universal --python-version 3.11 --no-annotate --custom-compile-command "./run_all.sh lock" \

@@ -25,7 +25,7 @@ from lib.evaluate.relabel import evaluate_by_distillation, soft_labels
 from lib.recover.teacher import make_teacher, save_teacher, train_teacher
 from lib.scale import sizes
 from lib.scale.__main__ import main, numbers
-from lib.scale.plan import Form, Plan, Run, _opened, keep, open_run, real
+from lib.scale.plan import Form, Plan, Run, _absolute, _opened, keep, open_run, real
 from lib.scale.runner import run_stages, run_unit
 from lib.scale.squeeze import train_shared
 from lib.scale.stages import shown, the_set
@@ -130,12 +130,25 @@ def test_sizes_of_imagenet():
 # ------------------------------------------------------------------ the same files whoever computes them
 
 
-def test_three_workers_write_the_same_bytes(finished, tmp_path):
+def test_stages_are_told_unit_by_unit(finished, tmp_path):
     run, said = plan(tmp_path / "run"), []
-    run_stages(run, STAGES, workers=3, say=said.append)
+    run_stages(run, STAGES, say=said.append)
     assert contents(run) == contents(finished)
     assert (run.folder / "table.csv").read_text() == (finished.folder / "table.csv").read_text()
     assert [line.split(":")[0] for line in said[4:9]] == [f"recover {n}/5" for n in range(1, 6)]
+
+
+def test_snakemake_runs_units_side_by_side_with_the_same_bytes(finished, copy):
+    """One that is missing, one that was cut short, and the table of both."""
+    unit(copy, "train", 0).path(copy).unlink()
+    path = unit(copy, "train", 1).path(copy)
+    path.write_bytes(path.read_bytes()[:-40])
+    kept = {name: time for name, time in times(copy).items() if not name.startswith(("train", "summary"))}
+    words = ["-s", "workflow/scale.smk", "--profile", "workflow/profiles/local", "--cores", "2"]
+    process = python("-m", "snakemake", *words, "--config", f"out={copy.folder}")
+    output = "".join(process.communicate(timeout=600))
+    assert process.returncode == 0, output
+    assert contents(copy) == contents(finished) and kept.items() <= times(copy).items()
 
 
 def test_the_set_is_that_of_the_one_loop(finished, tmp_path):
@@ -215,10 +228,8 @@ def test_sre2l_needs_no_class_statistics(tmp_path):
 
 def test_killed_and_resumed_loses_the_unit_in_flight(finished, tmp_path):
     run = plan(tmp_path / "run")
-    words = ["-m", "lib.scale", "run", "--out", str(run.folder), "--workers", "1"]
-    process = python(*words, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not unit(run, "recover", 0).path(run).exists() and time.monotonic() < deadline:
+    process = python("-m", "lib.scale", "run", "--out", str(run.folder), start_new_session=True)
+    while not unit(run, "recover", 0).path(run).exists() and process.poll() is None:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -316,7 +327,7 @@ def refuse(call, *texts: str) -> None:
             "--unit takes numbers and ranges such as 17 or 0-9, not 'x'",
         ),
         (["run", "--unit", "1"], "--unit needs one --stage"),
-        (["run", "--workers", "0"], "--workers must be a whole number >= 1, not 0"),
+        (["run", "--workers", "3"], "side by side by Snakemake: snakemake -s workflow/scale.smk"),
         (["status", "--ipc", "x"], "invalid int value: 'x'"),
         (["plan", "--seed", "3"], "seed=0 there, 3 here"),
         (["plan", "--options", "lr"], "expected NAME=VALUE, not 'lr'"),
@@ -375,6 +386,26 @@ def test_the_command_line(tmp_path, capsys):
     assert lines[-1] == "-----  recover 4: classes 8-9"
     assert main(["status", *out]) == 1 and "statistics      3/3" in capsys.readouterr().out
     assert main(["sizes", *out]) == 0 and numbers(["3", "5-7"]) == [3, 5, 6, 7]
+
+
+def test_a_plan_is_taken_up_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "teacher.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    fields = {"data": "folder:images", "root": "data", "teacher": {"weights": "teacher.safetensors"}}
+    found = _absolute(fields)
+    monkeypatch.chdir("/")
+    assert (
+        found
+        == _absolute(found)
+        == {
+            "data": f"folder:{tmp_path}/images",
+            "root": f"{tmp_path}/data",
+            "teacher": {"weights": f"{tmp_path}/teacher.safetensors"},
+        }
+    )
+    plain = {"data": "digits", "root": None, "teacher": {"weights": "pretrained"}}
+    assert _absolute(plain) == plain
 
 
 def test_nothing_in_lib_imports_a_scheduler():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, write_text
-from workflow.machine import gpus
+from workflow.machine import one_gpu
 from workflow.state import EXECUTED, FAILED, file_name, fingerprint, folder, logs, records, source
 from workflow.table import Request, Table, load, request_from
 
@@ -39,29 +39,6 @@ def environment(root: Path, work: Path, run: str, threads: int) -> dict[str, str
         "MALLOC_TRIM_THRESHOLD_": str(2**32),
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
-
-
-@contextlib.contextmanager
-def one_gpu(root: Path) -> Iterator[dict[str, str]]:
-    """Hold a GPU that no other notebook of this project holds; waits for one. Without any GPU nothing is held."""
-    import fcntl
-
-    names = gpus()
-    if not names:
-        yield {}
-        return
-    locks = root / "results" / "logs"
-    locks.mkdir(parents=True, exist_ok=True)
-    while True:
-        for name in names:
-            with open(locks / f"gpu-{name}.lock", "w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                yield {"CUDA_VISIBLE_DEVICES": name}
-                return
-        time.sleep(2)
 
 
 @contextlib.contextmanager
@@ -132,7 +109,7 @@ def execute(root: Path, table: Table, request: Request, name: str, threads: int)
         fresh = folder(work, run, name)
         os.environ.update(environment(root, work, run, threads))
         try:
-            with one_gpu(root) if wants_gpu else contextlib.nullcontext({}) as chosen:
+            with one_gpu() if wants_gpu else contextlib.nullcontext({}) as chosen:
                 os.environ.update(chosen)
                 run_papermill(root, name, made_from["parameters"], fresh / EXECUTED)
             absent = [output for output in table.outputs if not (fresh / output).is_file()]

@@ -74,10 +74,6 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
         import lib.data
 
         lib.data.check(given.dataset)
-    for name in parameters:
-        without = [nb for nb in chosen if name not in known[nb]]
-        if without:
-            print(f"note: {', '.join(without)} has no parameter {name!r} and runs without it")
     return Request(given.profile, chosen, parameters)
 
 

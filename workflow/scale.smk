@@ -1,12 +1,12 @@
-"""The units of lib.scale as one rule, for a cluster: files as targets, resources per stage. Nothing is computed here.
+"""The units of lib.scale as one rule, side by side here or on a cluster: files as targets, resources per stage.
 
 From the project's root, for a folder that was planned before (`python -m lib.scale plan --out runs/x ...`):
 
     snakemake -s workflow/scale.smk --profile workflow/profiles/local --cores 8 --config out=runs/x
-    snakemake -s workflow/scale.smk --profile workflow/profiles/gpu --cores 8 --resources gpu=2 --config out=runs/x
+    snakemake -s workflow/scale.smk --profile workflow/profiles/gpu --cores 8 --resources gpu=2 --config out=runs/x gpu=1
     snakemake -s workflow/scale.smk --profile workflow/profiles/slurm --config out=runs/x gpu=1
 
-`gpu=1` asks for a GPU per unit; `squeeze_gpus=8` trains the teacher with torchrun on eight. Minutes and memory per stage:
+`gpu=1` asks for a GPU per unit, which on one machine is no other unit's; `squeeze_gpus=8` trains the teacher with torchrun on eight. Minutes and memory per stage:
 `--config minutes='{"recover": 30}' mem_mb='{"train": 64000}'`.
 """
 
@@ -20,13 +20,14 @@ sys.path.insert(0, str(ROOT))
 from lib.system.errors import CompanionError
 from lib.scale.plan import open_run
 from lib.scale.store import discard_damaged
-from lib.scale.units import STAGES, needs, unit
+from lib.scale.units import STAGES, needs, unit, units
 
 
 workdir: str(ROOT)
 
 
 OUT = Path(config["out"]).as_posix()
+QUOTED = shlex.quote(OUT)
 try:
     RUN = open_run(OUT)
 except CompanionError as error:
@@ -44,15 +45,18 @@ if workflow.is_main_process and not workflow.dryrun:
         print(text, file=sys.stderr)
 
 
-def files(units):
-    # ancient: an input that was made again has the same content, nothing that reads it is out of date
-    return [ancient(f"{OUT}/{one.name}") for one in units]
+def reads(one):
+    # What is there is done, as for `lib.scale run`: an input that was made again has the same content.
+    if (RUN.folder / one.name).exists():
+        return []
+    return [ancient(f"{OUT}/{other.name}") for other in needs(RUN, one)]
 
 
 def command(wildcards):
     if wildcards.stage == "squeeze" and SQUEEZE_GPUS > 1:
-        return f"{PYTHON} -m torch.distributed.run --nproc-per-node {SQUEEZE_GPUS} -m lib.scale.squeeze --out {OUT}"
-    return f"{PYTHON} -m lib.scale run --out {OUT} --stage {wildcards.stage} --unit {int(wildcards.number)}"
+        return f"{PYTHON} -m torch.distributed.run --nproc-per-node {SQUEEZE_GPUS} -m lib.scale.squeeze --out {QUOTED}"
+    one_gpu = f"{PYTHON} -m workflow.machine " if GPU else ""
+    return f"{one_gpu}{PYTHON} -m lib.scale run --out {QUOTED} --stage {wildcards.stage} --unit {int(wildcards.number)}"
 
 
 def gpus(wildcards):
@@ -60,6 +64,7 @@ def gpus(wildcards):
 
 
 localrules:
+    everything,
     aggregate,
 
 
@@ -68,19 +73,24 @@ wildcard_constraints:
     number=r"\d\d\d\d+",
 
 
+rule everything:
+    input:
+        [f"{OUT}/{one.name}" for stage in STAGES for one in units(RUN, stage)],
+
+
 rule aggregate:
     input:
-        files(needs(RUN, unit(RUN, "aggregate", 0))),
+        reads(unit(RUN, "aggregate", 0)),
     output:
         f"{OUT}/summary.json",
         f"{OUT}/table.csv",
     shell:
-        PYTHON + " -m lib.scale run --out {OUT} --stage aggregate --unit 0"
+        PYTHON + " -m lib.scale run --out {QUOTED} --stage aggregate --unit 0"
 
 
 rule unit:
     input:
-        lambda w: files(needs(RUN, unit(RUN, w.stage, int(w.number)))),
+        lambda w: reads(unit(RUN, w.stage, int(w.number))),
     output:
         OUT + "/{stage}/{number}.safetensors",
     params:

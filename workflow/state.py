@@ -13,7 +13,7 @@ from pathlib import Path
 from lib.methods import METHODS
 from lib.system.code import closure, meaning, module_files, strings
 from lib.system.errors import CompanionError
-from workflow.table import Request, Table, parameters_for, parameters_of
+from workflow.table import Request, Table, parameters_of
 
 EXECUTED, FAILED = "executed.ipynb", "executed.failed.ipynb"
 
@@ -45,7 +45,7 @@ def fingerprint(root: Path, table: Table, request: Request, name: str) -> dict:
     tables = {nb: folder(root, request.run, nb) / "table.csv" for nb in table.notebooks[name].reads}
     return {
         "code": meaning(path),
-        "parameters": parameters_for(request, parameters_of(path)),
+        "parameters": request.of(parameters_of(path)),
         "lib": {file.relative_to(root).as_posix(): meaning(file) for file in sorted(files)},
         "tables": {nb: meaning(file) for nb, file in tables.items() if file.is_file()},
     }

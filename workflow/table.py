@@ -46,13 +46,16 @@ def load(root: Path) -> Table:
     content = yaml.safe_load((root / "workflow" / "notebooks.yaml").read_text(encoding="utf-8"))
     rows, defaults = content["notebooks"] or {}, content["resources"]
     shown = {entry.notebook for entry in METHODS.values()}
-    groups = {"all": rows, "methods": [name for name in rows if name in shown]}
+    groups = {"all": tuple(rows), "methods": tuple(name for name in rows if name in shown)}
     notebooks = {}
     for name, row in rows.items():
-        reads = row.get("reads", ())
+        where, reads, changed = (
+            f"in the row {name} of notebooks.yaml:",
+            row.get("reads", ()),
+            row.get("resources", {}),
+        )
         if isinstance(reads, str):
-            reads = [other for other in choose(f"group in the row {name}:", reads, groups) if other != name]
-        changed = row.get("resources", {})
+            reads = choose(f"group of notebooks {where}", reads, groups)
         for kind, given, allowed in (
             ("notebook", reads, rows),
             ("profile", changed, defaults),
@@ -60,9 +63,9 @@ def load(root: Path) -> Table:
         ):
             for value in given:
                 if value not in allowed:
-                    raise unknown(f"{kind} in the row {name} of notebooks.yaml:", value, allowed)
+                    raise unknown(f"{kind} {where}", value, allowed)
         resources = {profile: values | changed.get(profile, {}) for profile, values in defaults.items()}
-        notebooks[name] = Notebook(name, row["title"], tuple(reads), resources)
+        notebooks[name] = Notebook(name, row["title"], tuple(nb for nb in reads if nb != name), resources)
     return Table(notebooks, tuple(defaults), tuple(content["outputs"]))
 
 
@@ -72,14 +75,12 @@ def select(table: Table, names: Iterable[str] | None) -> tuple[str, ...]:
     Raises:
         CompanionError: for a name that fits none or several.
     """
-    if names is None:
-        return tuple(table.notebooks)
-    chosen = set()
-    for name in names:
+    chosen = set(table.notebooks if names is None else ())
+    for name in names or ():
         word = Path(name).name.removesuffix(".ipynb")
-        fits = [known for known in table.notebooks if known == word] or [
-            known for known in table.notebooks if known.startswith(word)
-        ]
+        fits = [known for known in table.notebooks if known.startswith(word)]
+        if word in fits:
+            fits = [word]
         if not fits:
             raise unknown("notebook", name, table.notebooks)
         if len(fits) > 1:
@@ -108,7 +109,12 @@ def parameters_of(path: Path) -> dict[str, Parameter]:
     Raises:
         CompanionError: if the notebook is missing or not exactly one cell has the tag, or one holds more than literals.
     """
-    cells = _cells(path)
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except FileNotFoundError as error:
+        raise CompanionError(f"the notebook {path} of workflow/notebooks.yaml does not exist") from error
+    except (ValueError, KeyError) as error:
+        raise CompanionError(f"{path} is not a notebook") from error
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise CompanionError(f"{path.name} must have one cell tagged 'parameters', it has {len(tagged)}")
@@ -129,15 +135,6 @@ def parameters_of(path: Path) -> dict[str, Parameter]:
     return found
 
 
-def _cells(path: Path) -> list[dict]:
-    if not path.is_file():
-        raise CompanionError(f"the notebook {path} of workflow/notebooks.yaml does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError) as error:
-        raise CompanionError(f"{path} is not a notebook") from error
-
-
 def value_of(parameter: Parameter, text: str) -> object:
     """``text`` from the command line as the parameter's type.
 
@@ -148,20 +145,47 @@ def value_of(parameter: Parameter, text: str) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if (
-        "str" in parameter.types
-        and not isinstance(value, str)
-        and not (value is None and "None" in parameter.types)
-    ):
-        value = text
+    if "str" in parameter.types and not (value is None and "None" in parameter.types):
+        value = value if isinstance(value, str) else text
     kind = "None" if value is None else type(value).__name__
     if kind == "int" and "float" in parameter.types and "int" not in parameter.types:
         return float(value)
     if kind not in parameter.types:
+        types = " or ".join(parameter.types)
         raise CompanionError(
-            f"the parameter {parameter.name} takes {' or '.join(parameter.types)} (default {parameter.default!r}), not {text!r}"
+            f"the parameter {parameter.name} takes {types} (default {parameter.default!r}), not {text!r}"
         )
     return value
+
+
+def check_parameters(
+    given: Sequence[tuple[str, str]], known: Mapping[str, Mapping[str, Parameter]], strict: bool
+) -> dict:
+    """Command-line texts as values, checked against the notebooks that are to run.
+
+    Args:
+        given: (name, text) pairs.
+        known: per notebook its parameters.
+        strict: every notebook must have every parameter (the notebooks were named); otherwise one of them is enough.
+
+    Raises:
+        CompanionError: for a name that no (``strict``: not every) notebook has, and for a value of the wrong type.
+    """
+    values = {}
+    for name, text in given:
+        having = [nb for nb, parameters in known.items() if name in parameters]
+        lacking = [nb for nb in known if nb not in having]
+        if lacking and (strict or not having):
+            allowed = set.intersection(*(set(known[nb]) for nb in lacking)) - {"profile"}
+            where = "" if not having else f" of {', '.join(lacking)}"
+            raise unknown(f"parameter{where}", name, allowed)
+        if name == "profile":
+            raise CompanionError("the profile is chosen by --profile NAME, not by -p")
+        for nb in having:
+            values[name] = value_of(known[nb][name], text)
+        if lacking:
+            print(f"note: {', '.join(lacking)} has no parameter {name!r} and runs without it")
+    return values
 
 
 # ------------------------------------------------------------------ a run
@@ -190,6 +214,11 @@ class Request:
             "parameters": dict(self.parameters),
         }
 
+    def of(self, known: Mapping[str, Parameter]) -> dict:
+        """What papermill gives to one notebook: the profile and those changed parameters that the notebook has."""
+        given = {"profile": self.profile, **self.parameters}
+        return {name: value for name, value in given.items() if name in known}
+
 
 def request_from(config: Mapping, table: Table) -> Request:
     """The request in Snakemake's config; everything at the ``cpu`` profile if it is empty.
@@ -197,49 +226,15 @@ def request_from(config: Mapping, table: Table) -> Request:
     Raises:
         CompanionError: for an unknown profile or notebook.
     """
-    profile = config.get("profile", "cpu")
-    if profile not in table.profiles:
-        raise unknown("profile", profile, table.profiles)
+    profile = choose("profile", config.get("profile", "cpu"), {name: name for name in table.profiles})
     return Request(profile, select(table, config.get("notebooks")), dict(config.get("parameters", {})))
 
 
 def _word(value: object) -> str:
     """A value as part of a folder name; what does not fit there is shortened to a hash."""
     text = str(value)
-    if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text):
-        return text
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def parameters_for(request: Request, known: Mapping[str, Parameter]) -> dict:
-    """What papermill gives to one notebook: the profile and those changed parameters that the notebook has."""
-    given = {"profile": request.profile, **request.parameters}
-    return {name: value for name, value in given.items() if name in known}
-
-
-def check_parameters(
-    given: Sequence[tuple[str, str]], known: Mapping[str, Mapping[str, Parameter]], strict: bool
-) -> dict:
-    """Command-line texts as values, checked against the notebooks that are to run.
-
-    Args:
-        given: (name, text) pairs.
-        known: per notebook its parameters.
-        strict: every notebook must have every parameter (the notebooks were named); otherwise one of them is enough.
-
-    Raises:
-        CompanionError: for a name that no (``strict``: not every) notebook has, and for a value of the wrong type.
-    """
-    values = {}
-    for name, text in given:
-        having = [nb for nb, parameters in known.items() if name in parameters]
-        lacking = [nb for nb in known if nb not in having]
-        if lacking and (strict or not having):
-            allowed = set.intersection(*(set(known[nb]) for nb in lacking)) - {"profile"}
-            where = "" if not having else f" of {', '.join(lacking)}"
-            raise unknown(f"parameter{where}", name, allowed)
-        if name == "profile":
-            raise CompanionError("the profile is chosen by --profile NAME, not by -p")
-        for nb in having:
-            values[name] = value_of(known[nb][name], text)
-    return values
+    return (
+        text
+        if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text)
+        else hashlib.sha256(text.encode()).hexdigest()[:12]
+    )

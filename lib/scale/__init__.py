@@ -2,6 +2,6 @@
 
 A :class:`~lib.scale.plan.Plan` says what is computed; :func:`~lib.scale.units.units` cuts it into units, each of which writes
 one file and is skipped when that file is there and whole. Who runs the units is not decided here: ``python -m lib.scale run``
-does it with plain processes, ``workflow/scale.smk`` under Snakemake on SLURM or Kubernetes; both call the same
+does it one after another, ``workflow/scale.smk`` side by side under Snakemake, on one machine or a cluster; both call the same
 :func:`~lib.scale.stages.compute`.
 """

@@ -1,6 +1,6 @@
 """``python -m lib.scale``: plan a run, list its units, run them, say how far it is::
 
-python -m lib.scale run --out runs/toy --data digits --ipc 1 --workers 2
+python -m lib.scale run --out runs/toy --data digits --ipc 1
 python -m lib.scale list --out runs/toy --stage recover
 python -m lib.scale run --out runs/toy --stage recover --unit 3
 python -m lib.scale status --out runs/toy
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from lib.scale import sizes
-from lib.scale.plan import Run, keep, open_run, read_file, whole
+from lib.scale.plan import Run, keep, open_run, read_file
 from lib.scale.runner import run_stages, run_unit
 from lib.scale.store import damage, done
-from lib.scale.units import STAGES, check, unit, units
+from lib.scale.units import STAGES, Unit, check, unit, units
 from lib.system.device import resolve_device
 from lib.system.errors import CompanionError, unknown
 
@@ -56,10 +56,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--unit", nargs="+", metavar="N", help="numbers and ranges, such as 17 or 0-9; run here"
             )
-            sub.add_argument(
-                "--workers", type=int, metavar="N", help="processes (default: one per GPU, else 1)"
-            )
-            sub.add_argument("--device", default="auto", help="for --unit: auto, cpu, cuda, cuda:N")
+            sub.add_argument("--workers", help=argparse.SUPPRESS)
+            sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
             sub.add_argument("--force", action="store_true", help="with --unit: also if its file is there")
             sub.add_argument("--dry-run", action="store_true", help="say what would run")
         _plan_options(sub.add_argument_group("a new plan (an existing folder knows its own)"))
@@ -160,22 +158,33 @@ def status(run: Run) -> int:
     return 0 if complete else 1
 
 
-def run_some(run: Run, given: argparse.Namespace) -> None:
-    """``run --stage S --unit N ...``: here, in this process, one after another."""
+def chosen(run: Run, given: argparse.Namespace) -> list[Unit]:
+    """``--stage S --unit N ...``: these units."""
     if len(stages := stages_of(given)) != 1:
         raise CompanionError("--unit needs one --stage")
-    device = resolve_device(given.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # as a worker of run does: sums over threads differ in their last digits
-    for one in [unit(run, stages[0], number) for number in numbers(given.unit)]:
-        seconds = run_unit(run, one, str(device), given.force)
+    return [unit(run, stages[0], number) for number in numbers(given.unit)]
+
+
+def run_some(run: Run, given: argparse.Namespace) -> None:
+    """All units of the stages, or the chosen ones, here, in this process, one after another."""
+    device = str(resolve_device(given.device))
+    if device == "cpu":
+        torch.set_num_threads(1)  # sums over threads differ in their last digits
+    if not given.unit:
+        run_stages(run, stages_of(given), device, lambda text: print(text, flush=True))
+        return
+    for one in chosen(run, given):
+        seconds = run_unit(run, one, device, given.force)
         print(f"{one}: " + ("there already" if seconds is None else f"{seconds:.1f} s"), flush=True)
 
 
 def main(words: list[str] | None = None) -> int:
     given = parser().parse_args(words)
     if getattr(given, "workers", None) is not None:
-        whole("--workers", given.workers, 1)
+        raise CompanionError(
+            "units run one after another here; side by side by Snakemake: snakemake -s workflow/scale.smk "
+            f"--profile workflow/profiles/local --cores {given.workers} --config out={given.out}"
+        )
     dry = given.command in ("list", "status", "sizes") or getattr(given, "dry_run", False)
     run = open_run(given.out, fields_of(given))
     check(run)
@@ -190,16 +199,12 @@ def main(words: list[str] | None = None) -> int:
     elif given.command == "sizes":
         print(sizes.table(run))
     elif given.dry_run:
-        chosen = [one for stage in stages_of(given) for one in units(run, stage)]
-        for one in (
-            chosen if not given.unit else [unit(run, stages_of(given)[0], n) for n in numbers(given.unit)]
-        ):
+        every = [one for stage in stages_of(given) for one in units(run, stage)]
+        for one in chosen(run, given) if given.unit else every:
             if not done(run, one):
                 print(one)
-    elif given.unit:
-        run_some(run, given)
     else:
-        run_stages(run, stages_of(given), given.workers, lambda text: print(text, flush=True))
+        run_some(run, given)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,7 @@ def open_run(folder: Path | str, given: Mapping[str, Any] | None = None) -> Run:
     Raises:
         CompanionError: nothing is planned there and nothing given; a field is unknown or disagrees; the data are not there.
     """
-    folder, given = Path(folder), dict(given or {})
+    folder, given = Path(folder), _absolute(given or {})
     known = [item.name for item in dataclasses.fields(Plan)]
     for name in given:
         if name not in known:
@@ -151,6 +152,19 @@ def open_run(folder: Path | str, given: Mapping[str, Any] | None = None) -> Run:
         what = ", ".join(f"{name}={theirs[name]!r} there, {mine[name]!r} here" for name in other)
         raise CompanionError(f"{folder} holds another run ({what}); name another folder or remove it")
     return run
+
+
+def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with paths that hold wherever the run is taken up: root, a folder of images, a file of weights."""
+    fields = dict(given)
+    if fields.get("root") is not None:
+        fields["root"] = os.path.abspath(Path(fields["root"]).expanduser())
+    if str(fields.get("data")).startswith(PREFIX):
+        fields["data"] = PREFIX + os.path.abspath(Path(fields["data"].removeprefix(PREFIX)).expanduser())
+    weights = (fields.get("teacher") or {}).get("weights")
+    if isinstance(weights, str) and Path(weights).expanduser().is_file():
+        fields["teacher"] = {**fields["teacher"], "weights": os.path.abspath(Path(weights).expanduser())}
+    return fields
 
 
 def keep(run: Run) -> None:
