@@ -38,15 +38,15 @@ MEMORY = (
     "evaluation",
     "krr-search",
     "datadam",
-    "ddm-gram",
+    "ddm",
     "cafe",
-    "idm-queue",
+    "idm",
     "kip-fc",
     "kip-conv-grad",
 )
 ONCE = {"test", *KERNEL_SPOTS, *SELECT_SPOTS}  # do not depend on the IPC asked for
 ONLY_AT = {"krr-digits": "S"}
-FAMILY = [name for name in FEATURE_SPOTS if name != "idm-queue"]  # of DM
+FAMILY = list(FEATURE_SPOTS)  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that
 TARGETS = {
     "S": {"dm": (2.5,), "dc": (1.8,), "dsa": (1.8,), "idc": (1.8,), "evaluation": (1.8,), "siamese": (6.0,), "test": (1.5,),

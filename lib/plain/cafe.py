@@ -33,7 +33,7 @@ def cafe(p, train, ipc, g):
                 (f_T, e), (f_S, e_c) = net.look(T[c], "act"), net.look(S[c], "act")
                 e_T.append(e.detach())
                 e_S.append(e_c.mean(0))
-                for w, a, b in zip(layers.weights, [*f_T, e], [*f_S, e_c], strict=True):
+                for w, a, b in zip(layers.at_depth(net.depth), [*f_T, e], [*f_S, e_c], strict=True):
                     loss = loss + w * (a.detach().mean(0) - b.mean(0)).square().sum()
                 loss = loss + (e.detach().mean(0) - e_c.mean(0)).square().sum()
             o = torch.cat(e_T) @ torch.stack(e_S).T  # the class means of S as a classifier
