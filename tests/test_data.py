@@ -422,3 +422,13 @@ def test_sampling_on_the_gpu():
         data.train.labels[batch], torch.arange(10, device="cuda")[:, None].expand(10, 5)
     )
     assert data.train.fingerprint == lib.data.load("digits").train.to("cuda").fingerprint
+
+
+def test_data_say_whether_they_are_small():
+    """At most 32 pixels a side and 20 000 images: all embedded data, and a part of larger ones."""
+    assert all(lib.data.load(name).train.small for name in ("digits", "fashion14", "photos16", "photos32"))
+    images, labels = torch.zeros(20_001, 1, 8, 8), torch.zeros(20_001, dtype=torch.long)
+    transform = Standardise(torch.zeros(1), torch.ones(1))
+    many = ImageSet("many", images, labels, ("one",), transform)
+    assert not many.small and many.subset(range(20_000)).small
+    assert not ImageSet("wide", torch.zeros(4, 1, 33, 33), labels[:4], ("one",), transform).small

@@ -261,7 +261,9 @@ def test_named_schedules():
     assert rate(0) == 1 and rate(5) == pytest.approx(0.5) and 0 < rate(9) < 0.03
     assert schedule("constant", 0.3, 10)[0](9) == 0.3
     assert halving_schedule(0.01, 300)[1] == 152
-    with pytest.raises(CompanionError, match="schedule 'cos'.*allowed: constant, cosine, cosine-steps, dc, steps"):
+    with pytest.raises(
+        CompanionError, match="schedule 'cos'.*allowed: constant, cosine, cosine-steps, dc, steps"
+    ):
         schedule("cos", 1.0, 10)
 
 
@@ -294,3 +296,36 @@ def test_predicting_in_chunks(toy, name):
         torch.testing.assert_close(predict(made.train(), x, rows), want)
         torch.testing.assert_close(predict_embeddings(made.train(), x, rows), embedding)
     assert not predict(made, x).requires_grad
+
+
+def test_training_ends_where_it_is_enough(toy):
+    """After the update, in the middle of an epoch, and with the weights of a training that has no more updates."""
+    images, labels = sets(toy, 1)
+    made, generators = ensemble(toy, (0,))
+    asked, finished = [], []
+    options = {"lr": 0.05, "batch": 4}
+
+    def enough():
+        asked.append(1)
+        return len(asked) == 5
+
+    batches = -(-images.shape[1] // 4)
+    sgd_steps(
+        made, images, labels, generators, epochs=9, enough=enough, after_epoch=finished.append, **options
+    )
+    assert len(asked) == 5 and finished == list(range(1, 4 // batches + 1))
+    assert all(parameter.grad is None for parameter in made.parameters.values())
+
+
+def test_a_rate_by_updates_differs_within_an_epoch(toy):
+    images, labels = sets(toy, 1)
+    seen = []
+    made, generators = ensemble(toy, (0,))
+    sgd_steps(made, images, labels, generators, epochs=2, batch=3, lr=lambda at: seen.append(at) or 0.0)
+    batches = len(seen) // 2
+    assert batches > 1 and seen == [epoch + b / batches for epoch in range(2) for b in range(batches)]
+    by_epoch, _ = schedule("cosine", 1.0, 4)
+    by_update, _ = schedule("cosine-steps", 1.0, 4)
+    assert (
+        by_epoch(1.9) == by_epoch(1) and by_update(1.9) < by_update(1) and by_update(4) == pytest.approx(1e-3)
+    )
