@@ -24,8 +24,7 @@ OLD = set(
     17_cafe 18_krr 21_m3d 22_wasserstein
     23_wmdd 24_ipm 30_dsa 31_idc 32_dcep
     51_rfad 52_frepo 60_dcc 61_idm 62_datadam
-    63_ddm 70_dream 80_selection 81_loss_landscape 82_cross_architecture
-    83_continual_learning 91_compose
+    63_ddm 70_dream 91_compose
 """.split()
 )
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
