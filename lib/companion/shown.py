@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lib.companion.tables import readable
+from lib.evaluate import relabel
 from lib.evaluate.protocol import PROTOCOLS, protocol
+from lib.evaluate.regression import OWN, own
 from lib.methods import recipes, title_of
 from lib.plain import text
 from lib.recipes import Recipe
@@ -94,12 +96,17 @@ def settings(cases: Sequence, name: str, variant: str = "", *, method=None, pape
 
     here = [case.recipe(name, variant) for case in cases]
     paper = paper or paper_recipe(name, cases[0].dataset, cases[0].ipc, variant)
+    common = paper.protocol in PROTOCOLS  # else both sides are described by evaluations of their own
     columns = {
-        f"here: {case}": _described(method or recipe.method, case.plain, case.run.profile)
+        f"here: {case}": _described(
+            method or recipe.method, case.plain if common else judge(recipe, case.ipc), case.run.profile
+        )
         for case, recipe in zip(cases, here, strict=True)
     }
-    theirs = protocol(paper.protocol) if paper.protocol in PROTOCOLS else paper.protocol
-    columns[f"paper: {paper.data} IPC {paper.ipc or 'any'}"] = _described(paper.method, theirs, theirs)
+    theirs = judge(paper, paper.ipc)
+    columns[f"paper: {paper.data} IPC {paper.ipc or 'any'}"] = _described(
+        paper.method, theirs, theirs if common else None
+    )
     names = list(dict.fromkeys(key for column in columns.values() for key in column))
     differ = [key for key in names if len({column.get(key, "") for column in columns.values()}) > 1]
     frame = pd.DataFrame(
@@ -107,6 +114,15 @@ def settings(cases: Sequence, name: str, variant: str = "", *, method=None, pape
     )
     frame.insert(0, "setting", differ)
     return readable(frame)
+
+
+def judge(recipe: Recipe, ipc: int) -> Any:
+    """The evaluation that a recipe names: a protocol, or the name itself where the set is judged by its own regression."""
+    if recipe.protocol in PROTOCOLS:
+        return protocol(recipe.protocol)
+    if recipe.protocol in relabel.PROTOCOLS:
+        return relabel.distillation(recipe.protocol)
+    return own(recipe.protocol, recipe.data, ipc) if recipe.protocol in OWN else recipe.protocol
 
 
 def _described(method: Any, evaluation: Any, repetitions: Any) -> dict[str, str]:
@@ -117,5 +133,6 @@ def _described(method: Any, evaluation: Any, repetitions: Any) -> dict[str, str]
     left_out = ("name", "source", "sets", "networks")
     fields = [field.name for field in dataclasses.fields(evaluation) if field.name not in left_out]
     about = {f"evaluation: {name}": value_text(getattr(evaluation, name)) for name in fields}
-    about |= {"evaluation: sets x networks": f"{repetitions.sets} x {repetitions.networks}"}
+    if repetitions is not None:
+        about |= {"evaluation: sets x networks": f"{repetitions.sets} x {repetitions.networks}"}
     return found | {"evaluation": evaluation.name} | about
