@@ -210,14 +210,16 @@ run_tests() {
   return $((status > 0 ? status : notebooks))
 }
 
-# In an environment of its own, because the old lock may be what breaks the set-up; versions that still fit are kept.
+# Not in the environment, because the old lock may be what breaks its set-up. Versions that still fit are kept.
 lock() {
-  local base
-  base=$(find_python)
-  env_dir=$root/.setup/lock-env python=$root/.setup/lock-env/bin/python
+  python=$(find_python)
   mkdir -p .setup
   : >"$log"
-  step "creating an environment for uv" "$base" -m venv "$env_dir"
+  if ! command -v uv >/dev/null; then
+    env_dir=$root/.setup/lock-env
+    step "creating an environment for uv" "$python" -m venv "$env_dir"
+    python=$env_dir/bin/python
+  fi
   find_uv
   cp requirements.lock .setup/new.lock
   pins | "$uv" pip compile - --universal --python-version 3.11 --no-annotate --custom-compile-command "./run_all.sh lock" \
