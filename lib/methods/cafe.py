@@ -164,6 +164,13 @@ _SCRIPT = "published script, which is CIFAR-10's; no other setting is published"
 RECIPES = Recipes(
     small("digits", _SMALL),
     small("photos16 photos32", _PHOTOS),
+    small("digits", replace(_SMALL, iterations=2, augmentation="data"), "cpu-small-dsa", variant="DSA"),
+    small(
+        "photos16 photos32",
+        replace(_PHOTOS, iterations=2, augmentation="data"),
+        "cpu-small-dsa",
+        variant="DSA",
+    ),
     published("fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(), "cafe", _SCRIPT),
     published(
         "fashionmnist cifar10 cifar100", (1, 10, 50), CAFE(augmentation="data"), "dsa", _SCRIPT, variant="DSA"
