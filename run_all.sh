@@ -153,8 +153,8 @@ set_up() {
   step "installing requirements.lock" "$uv" pip install --python "$python" -r requirements.lock
   # compat: a plain path entry, so that a clone never finds another clone's modules through a shared environment
   step "installing the project" "$uv" pip install --python "$python" --no-deps --no-build-isolation --config-setting editable_mode=compat -e "$root"
-  rm -rf -- "$root/.setup/uv"
   wanted_stamp >"$stamp"
+  rm -rf -- "$root/.setup/uv"
   exec 9>&- || true
 }
 

@@ -154,7 +154,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--record", required=True, type=Path, help="file for how it ended")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(words)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     table = load(ROOT)
     request = request_from(json.loads(given.request), table)
     done = execute(ROOT, table, request, given.notebook, given.threads)

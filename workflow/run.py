@@ -248,7 +248,9 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A shell starts a job in the background with interruptions ignored, which children inherit: undone here for all of them.
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except CompanionError as error:
