@@ -244,7 +244,7 @@ clean() {
   find . -path "./.venv" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 }
 
-# Check the words before anything slow happens; values of options are checked by workflow/run.py.
+# Check the words before anything slow happens; values of options are checked by workflow/command.py.
 command=run setup=yes rest=() extra=() after_option=no
 if (($# > 0)) && [[ $1 != -* ]]; then
   command=$1
@@ -299,6 +299,6 @@ case $command in
     ;;
   *)
     use_environment
-    exec "$python" -m workflow.run "$command" ${rest[@]+"${rest[@]}"}
+    exec "$python" -m workflow.command "$command" ${rest[@]+"${rest[@]}"}
     ;;
 esac

@@ -50,7 +50,6 @@ def test_every_method_is_known_by_its_name(name):
     assert methods.name_of(made) == name and methods.title_of(name) == entry.title
 
 
-@pytest.mark.xfail(reason="lib/companion/run.py and workflow/run.py", strict=False)
 def test_two_modules_have_two_names():
     """A reader who is told `lib/select/rules.py` has one file to look for; plain versions are named as their methods."""
     files = [path for room in ("lib", "workflow") for path in (ROOT / room).rglob("*.py")]

@@ -20,7 +20,7 @@ import pytest
 from lib.methods import METHODS
 from lib.system import code
 from lib.system.errors import CompanionError
-from workflow import run, state, summary, table
+from workflow import command, state, summary, table
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("10_one", "20_two", "90_all")
@@ -517,7 +517,7 @@ def test_a_mistake_in_a_value_is_one_line(finished, monkeypatch, words, message)
     monkeypatch.setattr(run, "ROOT", finished[0])
     words = words if words[0] == "refresh" else ["run", *words]
     with pytest.raises(CompanionError, match=re.escape(message)) as caught:
-        run.main(words)
+        command.main(words)
     assert "\n" not in str(caught.value)
 
 
@@ -525,10 +525,10 @@ def test_parameters_that_only_some_notebooks_have(project, monkeypatch, capsys):
     monkeypatch.setattr(run, "ROOT", project)
     write_notebook(project, "20_two", "pass", parameters='profile: str = "cpu"\n', write="")
     rows = table.load(project)
-    run.request_of(run.arguments(["run", "--ipc", "5"]), rows)
+    command.request_of(command.arguments(["run", "--ipc", "5"]), rows)
     assert "20_two has no parameter 'ipc' and runs without it" in capsys.readouterr().out
     with pytest.raises(CompanionError, match="unknown parameter of 20_two 'ipc'"):
-        run.request_of(run.arguments(["run", "--ipc", "5", "--only", "10", "20"]), rows)
+        command.request_of(command.arguments(["run", "--ipc", "5", "--only", "10", "20"]), rows)
 
 
 def test_ambiguous_beginning_and_missing_notebook(project, monkeypatch):
@@ -536,14 +536,14 @@ def test_ambiguous_beginning_and_missing_notebook(project, monkeypatch):
     (project / "workflow/notebooks.yaml").write_text(ROWS + "  11_one: {title: Third}\n")
     rows = table.load(project)
     with pytest.raises(CompanionError, match="fits several; allowed: 10_one, 11_one"):
-        run.request_of(run.arguments(["run", "--only", "1"]), rows)
+        command.request_of(command.arguments(["run", "--only", "1"]), rows)
     with pytest.raises(CompanionError, match="11_one.ipynb of workflow/notebooks.yaml does not exist"):
-        run.request_of(run.arguments(["run", "--only", "11"]), rows)
+        command.request_of(command.arguments(["run", "--only", "11"]), rows)
 
 
 def test_unknown_dataset_is_refused_before_anything_runs():
     with pytest.raises(CompanionError, match="unknown dataset 'digit'.*digits"):
-        run.request_of(run.arguments(["run", "--only", "20_dm", "--dataset", "digit"]), table.load(ROOT))
+        command.request_of(command.arguments(["run", "--only", "20_dm", "--dataset", "digit"]), table.load(ROOT))
 
 
 def test_code_that_is_no_python_is_one_line(project):
