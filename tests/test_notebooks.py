@@ -17,16 +17,6 @@ from lib.system.files import ROOT
 from workflow.pages.normalise import BYTES, normalised
 from workflow.pages.page import markdown
 
-# still written in the old way: only the rules of form hold for them
-OLD = set(
-    """
-    12_dc 13_lcmat 15_kip 16_kip_conv
-    17_cafe 18_krr 21_m3d 22_wasserstein
-    23_wmdd 24_ipm 30_dsa 31_idc 32_dcep
-    51_rfad 52_frepo 60_dcc 61_idm 62_datadam
-    63_ddm 70_dream 91_compose
-""".split()
-)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TABLE = ROOT / "workflow" / "notebooks.yaml"
 CELLS, LINES = 15, 25
@@ -41,7 +31,7 @@ ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:/(?:home|root|tmp|usr|work|mnt|data|User
 INSTALL = re.compile(r"^\s*[!%]\s*(?:pip|conda|mamba|apt)\b", re.MULTILINE)
 
 
-def complaints(name: str, text: str, old: bool = False) -> list[str]:
+def complaints(name: str, text: str) -> list[str]:
     """What is wrong with a notebook, one line each; nothing if all is well."""
     node = nbformat.reads(text, as_version=4)
     code = [cell for cell in node.cells if cell.cell_type == "code"]
@@ -64,7 +54,7 @@ def complaints(name: str, text: str, old: bool = False) -> list[str]:
         "in normal form (python -m workflow.pages.normalise)": normalised(text) == text,
     }
     wrong = [rule for rule, kept in rules.items() if not kept] + _parameter_complaints(code)
-    return wrong if old else wrong + _writing(node) + _algorithm_complaints(name, code)
+    return wrong + _writing(node) + _algorithm_complaints(name, code)
 
 
 def _writing(node) -> list[str]:
@@ -160,7 +150,7 @@ def _parameter_complaints(code) -> list[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_keeps_the_rules(path: Path):
-    assert complaints(path.stem, path.read_text(encoding="utf-8"), old=path.stem in OLD) == []
+    assert complaints(path.stem, path.read_text(encoding="utf-8")) == []
 
 
 def test_the_table_and_the_folder_name_the_same_notebooks():
