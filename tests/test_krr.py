@@ -167,7 +167,7 @@ def test_networks_take_its_images_with_hard_labels_only(digits):
     synset = distil(KRR(init="real"), digits.train, 2).synset
     rule = protocol("cpu-small", digits.train)
     brief = replace(rule, epochs=2, labels="hard")
-    assert 0 <= evaluate(synset, digits, brief, networks=1).mean <= 1
+    assert 0 <= evaluate(synset, digits, brief, networks=1).spread.mean <= 100
     assert float(synset.targets.min()) < 0
     with pytest.raises(CompanionError, match="targets of a regression"):
         evaluate(synset, digits, replace(brief, labels="own"), networks=1)

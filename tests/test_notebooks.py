@@ -24,7 +24,7 @@ LEAST = {"80_selection": 4}  # lines of code of an algorithm, where not 8: some 
 WORDS = {
     r"repr\(case": "results are kept by case, not by its text",
     r"at this scale": "a claim is confirmed or not, with its numbers",
-    r"\bPRESETS\b|\bgetsource\b|means, spreads|run\.verdicts\(\)": "written in the old way",
+    r"\bPRESETS\b|means, spreads|run\.verdicts\(\)": "written in the old way",
 }
 NAME = re.compile(r"\d\d_[a-z0-9_]+")
 ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:/(?:home|root|tmp|usr|work|mnt|data|Users|opt|var)/|[A-Z]:\\\\)")
@@ -110,19 +110,23 @@ def _has_plain(method: str) -> bool:
 
 
 def delegates(text: str, least: int = 8) -> bool:
-    """Whether a function's source says nothing itself: under ``least`` lines of code, or a body of one call."""
+    """Whether the source of a function, or of several that belong together, says nothing itself: under ``least`` lines of code, or
+    bodies of one call."""
     lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     try:
-        (function,) = ast.parse(text).body
-    except (SyntaxError, ValueError):
+        functions = ast.parse(text).body
+    except SyntaxError:
         return True
+    return len(lines) < least or all(_only_calls(function) for function in functions)
+
+
+def _only_calls(function: ast.AST) -> bool:
     body = [
         one
         for one in getattr(function, "body", [])
         if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
     ]
-    only_call = len(body) == 1 and isinstance(getattr(body[0], "value", None), ast.Call)
-    return len(lines) < least or not body or only_call
+    return not body or len(body) == 1 and isinstance(getattr(body[0], "value", None), ast.Call)
 
 
 def _texts(outputs) -> list[str]:

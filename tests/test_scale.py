@@ -449,7 +449,7 @@ def test_two_processes_share_a_batch(tmp_path):
         "lib.scale.squeeze",
     ]
     process = python(*words, "--out", str(run.folder))
-    text, errors = process.communicate(timeout=120)
+    text, errors = process.communicate(timeout=600)
     assert process.returncode == 0 and text.count("written by process 0 of 2") == 1, errors
     found = read(run, unit(run, "squeeze", 0))[0]
     alone = train_shared(method(run).teacher, real(run.plan, "train", "cpu")).state_dict()
