@@ -252,10 +252,12 @@ def test_what_changed_in_words(project):
 def test_a_method_imported_by_its_name_counts(project):
     (project / "lib/methods/dm.py").write_text("value = 1\n")
     (project / "lib/plain/dm.py").write_text("value = 1\n")
-    write_notebook(project, "20_two", "from lib.methods import method\nname = 'dm'")
+    (project / "lib/methods/dc.py").write_text("value = 1\n")
+    (project / "lib/parts.py").write_text('from lib.methods import recipes\n\nPARTS = {"DC": ("dc", "")}\n')
+    write_notebook(project, "20_two", "from lib import parts\nname = 'dm'")
     rows = table.load(project)
     lib = state.fingerprint(project, rows, table.Request("cpu", NAMES), "20_two")["lib"]
-    assert {"lib/methods/dm.py", "lib/plain/dm.py"} <= lib.keys()
+    assert {"lib/methods/dm.py", "lib/plain/dm.py", "lib/methods/dc.py"} <= lib.keys()
     assert (
         "lib/methods/dm.py"
         not in state.fingerprint(project, rows, table.Request("cpu", NAMES), "10_one")["lib"]
@@ -514,7 +516,7 @@ def test_a_mistake_is_one_line_and_runs_nothing(project, words, message):
     ],
 )
 def test_a_mistake_in_a_value_is_one_line(finished, monkeypatch, words, message):
-    monkeypatch.setattr(run, "ROOT", finished[0])
+    monkeypatch.setattr(command, "ROOT", finished[0])
     words = words if words[0] == "refresh" else ["run", *words]
     with pytest.raises(CompanionError, match=re.escape(message)) as caught:
         command.main(words)
@@ -522,7 +524,7 @@ def test_a_mistake_in_a_value_is_one_line(finished, monkeypatch, words, message)
 
 
 def test_parameters_that_only_some_notebooks_have(project, monkeypatch, capsys):
-    monkeypatch.setattr(run, "ROOT", project)
+    monkeypatch.setattr(command, "ROOT", project)
     write_notebook(project, "20_two", "pass", parameters='profile: str = "cpu"\n', write="")
     rows = table.load(project)
     command.request_of(command.arguments(["run", "--ipc", "5"]), rows)
@@ -532,7 +534,7 @@ def test_parameters_that_only_some_notebooks_have(project, monkeypatch, capsys):
 
 
 def test_ambiguous_beginning_and_missing_notebook(project, monkeypatch):
-    monkeypatch.setattr(run, "ROOT", project)
+    monkeypatch.setattr(command, "ROOT", project)
     (project / "workflow/notebooks.yaml").write_text(ROWS + "  11_one: {title: Third}\n")
     rows = table.load(project)
     with pytest.raises(CompanionError, match="fits several; allowed: 10_one, 11_one"):
@@ -543,7 +545,9 @@ def test_ambiguous_beginning_and_missing_notebook(project, monkeypatch):
 
 def test_unknown_dataset_is_refused_before_anything_runs():
     with pytest.raises(CompanionError, match="unknown dataset 'digit'.*digits"):
-        command.request_of(command.arguments(["run", "--only", "20_dm", "--dataset", "digit"]), table.load(ROOT))
+        command.request_of(
+            command.arguments(["run", "--only", "20_dm", "--dataset", "digit"]), table.load(ROOT)
+        )
 
 
 def test_code_that_is_no_python_is_one_line(project):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.methods import METHODS
-from lib.system.code import closure, meaning, module_files, strings
+from lib.system.code import closure, imports, meaning, module_files, strings
 from lib.system.errors import CompanionError
 from workflow.table import Request, Table, parameters_of
 
@@ -37,8 +37,9 @@ def fingerprint(root: Path, table: Table, request: Request, name: str) -> dict:
     """Everything a result depends on: code cells, parameters, imported code of ``lib``, content of the tables read."""
     path = source(root, name)
     files = {*closure([path], root)}
-    # notebooks and lib.companion also import methods by their names
-    naming = [path, *(file for file in files if file.parent.name == "companion")]
+    # methods are also imported by their names, in notebooks and wherever these functions are at hand
+    by_name = {"lib.methods.method", "lib.methods.recipes"}
+    naming = [path, *(file for file in files if imports(file) & by_name)]
     named = {word for file in naming for word in strings(file)} & METHODS.keys()
     modules = [module for word in named for module in (METHODS[word].module, f"lib.plain.{word}")]
     files |= {file for module in modules for file in module_files(module, root)}

@@ -64,8 +64,14 @@ def meaning(path: Path) -> str:
     return _read(path, path.stat().st_mtime_ns)[0]
 
 
+def imports(path: Path) -> frozenset[str]:
+    """What a file imports of ``lib``, by name: ``lib.methods`` and ``lib.methods.method``."""
+    return _read(path, path.stat().st_mtime_ns)[1]
+
+
 def strings(path: Path) -> frozenset[str]:
-    """By which a file may name a module or a file: what is first in a call, ``f("dm")``; all strings of a notebook."""
+    """By which a file may name a module or a file: what is first in a call, ``f("dm")``, or stands in a table at the top of a
+    module; all strings of a notebook."""
     return _read(path, path.stat().st_mtime_ns)[2]
 
 
@@ -87,10 +93,16 @@ def _read(path: Path, _changed: int) -> tuple[str, frozenset[str], frozenset[str
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
                 del node.body[0]
             imported.update(_imports(node))
-            if notebook and isinstance(node, ast.Constant):
-                texts.add(node.value)
-            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
                 texts.add(node.args[0].value)
+        tables = (
+            [tree]
+            if notebook
+            else [line for line in tree.body if isinstance(line, (ast.Assign, ast.AnnAssign))]
+        )
+        texts.update(
+            node.value for table in tables for node in ast.walk(table) if isinstance(node, ast.Constant)
+        )
         digest.update("\0".join([ast.dump(tree), *magics, ""]).encode())
     return digest.hexdigest(), frozenset(imported), frozenset(text for text in texts if isinstance(text, str))
 
