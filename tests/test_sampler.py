@@ -16,6 +16,7 @@ from lib.methods.dm import DM
 from lib.methods.dsa import DSA
 from lib.methods.idm import IDM
 from lib.methods.m3d import M3D
+from lib.nets.supply import Queue
 from lib.select.greedy import herding
 from lib.select.kmeans import k_means, nearest, starting_points
 from lib.select.sampler import RULES, Memory, RandomBatches, Representative
@@ -28,7 +29,7 @@ METHODS = [
     DSA(outer=2, inner=2, epochs=1, **SOME),
     DM(iterations=4, **SOME),
     M3D(iterations=4, lr=0.5, **SOME),
-    IDM(iterations=4, start=2, queue=3, fetch=1, train_steps=1, train_batch=16, **SOME),
+    IDM(iterations=4, networks=Queue(3, interval=1, steps=1, batch=16), **SOME),
     DataDAM(iterations=4, **SOME),
 ]
 
