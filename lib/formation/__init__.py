@@ -1,7 +1,7 @@
 """Parameterisations of S by a formation function: what one stored image is trained on as.
 
 A formation maps m stored codes ``(m, c, h, w)`` to k m training images of that shape, *formation-major*: all images formed the
-first way, then all images formed the second way, ... It is a frozen dataclass of plain values (they are saved with a set) with
+first way, then all images formed the second way, ... It is a frozen dataclass of plain values and tensors (they are saved with a set) with
 
     name            under which a saved set finds it again (``DECODERS``)
     multiplicity    k
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lib.data.imageset import draw
 from lib.formation.channels import CYCLES, PLANES, ChannelMix
+from lib.formation.hallucinators import Hallucinators
 from lib.formation.mosaic import Mosaic
 from lib.formation.pixels import Pixels
 from lib.formation.tiles import MultiFormation, bounded
@@ -32,6 +33,7 @@ __all__ = [
     "DECODERS",
     "PLANES",
     "ChannelMix",
+    "Hallucinators",
     "Mosaic",
     "MultiFormation",
     "Pixels",
@@ -41,12 +43,13 @@ __all__ = [
     "decode_by_class",
 ]
 
-# name in a saved file -> class; its fields are saved beside the name
+# name in a saved file -> class; its fields are saved beside the name, those that are tensors as tensors of the file
 DECODERS = {
     "pixels": Pixels,
     "mosaic": Mosaic,
     "multi-formation": MultiFormation,
     "channel-mix": ChannelMix,
+    "hallucinators": Hallucinators,
 }
 
 

@@ -105,7 +105,9 @@ class SyntheticSet:
             for name in ("codes", "labels", "weights", "indices", "step_size")
             if (value := getattr(self, name)) is not None
         }
-        return dataclasses.replace(self, **moved, transform=self.transform.to(device))
+        numbers = {name: tensor.to(device) for name, tensor in _parts(self.decoder)[1].items()}
+        decoder = dataclasses.replace(self.decoder, **numbers) if numbers else self.decoder
+        return dataclasses.replace(self, **moved, decoder=decoder, transform=self.transform.to(device))
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,7 @@ class SyntheticSet:
         """All tensors by name, detached, on the CPU."""
         named = {name: getattr(self, name) for name in ("codes", "labels", "weights", "indices", "step_size")}
         named |= {f"transform.{name}": tensor for name, tensor in self.transform.tensors().items()}
+        named |= {f"decoder.{name}": tensor for name, tensor in _parts(self.decoder)[1].items()}
         return {
             name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None
         }
@@ -122,7 +125,7 @@ class SyntheticSet:
         about = {
             "classes": list(self.classes),
             "transform": self.transform.config(),
-            "decoder": dataclasses.asdict(self.decoder),
+            "decoder": _parts(self.decoder)[0],
             "value_range": "normalised"
             if "zca" not in self.transform.config().get("kind", "")
             else "whitened",
@@ -158,19 +161,18 @@ class SyntheticSet:
         try:
             about = json.loads(header["about"])
             stored = dict(about["decoder"])
-            decoder = choose("decoder", stored.pop("name"), DECODERS)(**stored)
-            prefix = "transform."
-            whitening = {
-                name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)
-            }
-            rest = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
-            transform = from_saved(about["transform"], whitening)
+            parts: dict[str, dict[str, Tensor]] = {"": {}, "transform": {}, "decoder": {}}
+            for name, value in tensors.items():
+                owner, _, own = name.rpartition(".")
+                parts[owner][own] = value
+            decoder = choose("decoder", stored.pop("name"), DECODERS)(**stored, **parts["decoder"])
+            transform = from_saved(about["transform"], parts["transform"])
             return cls(
                 classes=tuple(about["classes"]),
                 transform=transform,
                 decoder=decoder,
                 meta=about["meta"],
-                **rest,
+                **parts[""],
             )
         except CompanionError:
             raise
@@ -201,6 +203,13 @@ class SyntheticSet:
         except OSError as error:
             raise CompanionError(f"cannot export to {folder}: {error.strerror or error}") from error
         return folder
+
+
+def _parts(decoder: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of a decoder: plain values, and tensors."""
+    values = {field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in values.items() if name not in tensors}, tensors
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Tensor]]:

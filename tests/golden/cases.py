@@ -23,6 +23,7 @@ import cases_features
 import cases_idc
 import cases_kernels
 import cases_selection
+import cases_unroll
 import cases_wmdd
 from arrays import Arrays, t
 
@@ -224,7 +225,7 @@ INPUTS = {
 }
 
 
-for part in (cases_dcc, cases_features, cases_idc, cases_kernels, cases_selection, cases_wmdd):
+for part in (cases_dcc, cases_features, cases_idc, cases_kernels, cases_selection, cases_unroll, cases_wmdd):
     CASES |= {function.__name__: function for function in part.CASES}
     TOLERANCE |= part.TOLERANCE
     INPUTS |= part.INPUTS
