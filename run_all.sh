@@ -29,7 +29,7 @@ Commands
 Every command first creates or repairs the environment (conda or .venv) when environment.yml has changed.
 
 Options of run and refresh
-  --profile NAME        how much to compute: cpu (default), photos, paper
+  --profile NAME        how much to compute: cpu (default), overnight, paper
   --only NB [NB ...]    these notebooks only: 20_dm, or a beginning of the name that fits one, such as 20
   --dataset NAME        data set instead of the profile's
   --ipc N               images per class instead of the profile's

@@ -47,7 +47,7 @@ def site(tmp_path_factory) -> Path:
         patch.setenv("COMPANION_OUT", str(root))
         patch.delenv("COMPANION_RUN", raising=False)
         picture = _results("20_dm", HOSTILE)
-        _results("90_leaderboard", "Side by side", profile="photos")
+        _results("90_leaderboard", "Side by side", profile="overnight")
     torch.use_deterministic_algorithms(strict)
     (root / "results/cpu/20_dm/executed.ipynb").write_text(_executed(picture))
     broken = root / "results/cpu/99_broken/run.json"
@@ -138,8 +138,8 @@ def test_a_card_tells_claim_numbers_and_verdicts(site):
     index = (site / "figures/index.html").read_text()
     assert index.count("<article") == 2
     for words in (
-        "1 confirmed",
-        "1 not confirmed",
+        "1 holds",
+        "1 fails",
         "this one does not",
         "26.0",
         "86.4",
@@ -147,8 +147,8 @@ def test_a_card_tells_claim_numbers_and_verdicts(site):
         "loss.png",
     ):
         assert words in index
-    assert index.index(">cpu</h2>") < index.index(">photos</h2>")
-    assert index.count('href="html/') == 1  # the photos run kept no notebook
+    assert index.index(">cpu</h2>") < index.index(">overnight</h2>")
+    assert index.count('href="html/') == 1  # the overnight run kept no notebook
 
 
 def test_a_notebook_page_folds_code_and_draws_formulae(site):
@@ -244,7 +244,7 @@ def test_committed_outputs_stand_in_for_an_executed_notebook(tmp_path):
     notebooks.mkdir()
     (notebooks / "20_dm.ipynb").write_text("{}")
     assert gallery.notebook_source(tmp_path, notebooks, record) == notebooks / "20_dm.ipynb"
-    assert gallery.notebook_source(tmp_path, notebooks, record | {"run": "photos"}) is None
+    assert gallery.notebook_source(tmp_path, notebooks, record | {"run": "overnight"}) is None
 
 
 @pytest.mark.parametrize(

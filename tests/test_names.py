@@ -25,7 +25,7 @@ from lib.system.files import ROOT
         (lambda: methods.recipes("dm").named("digits", 1, "papr"), "unknown variant 'papr'"),
         (lambda: protocol("cpu-smal"), "unknown protocol 'cpu-smal'"),
         (lambda: protocol("dc", epoch=3), "unknown protocol field 'epoch'"),
-        (lambda: profile_named("gpu"), "allowed: cpu, paper, photos"),
+        (lambda: profile_named("gpu"), "allowed: cpu, overnight, paper"),
         (lambda: published(["DM"]), "unknown published method 'DM'"),
     ],
 )

@@ -53,7 +53,7 @@ def start(
 
     Args:
         notebook: file name without suffix, such as ``20_dm``; names the output folders.
-        profile: ``cpu``, ``photos`` or ``paper``.
+        profile: ``cpu``, ``overnight`` or ``paper``.
         seed: whole number >= 0; every generator of the run derives from it.
         dataset, ipc: override the profile's cases (see :func:`lib.companion.profiles.cases_of`).
         device: ``cpu``, ``cuda``, ...; default the profile's.
@@ -238,38 +238,36 @@ class Run:
         self.saved[kind][name] = {"file": path.relative_to(output_root()).as_posix()}
         return path
 
-    def check(self, text: str, ok: bool, *, must: bool = False, **numbers) -> bool:
-        """Print and keep the verdict on a claim; ``numbers`` (or results, Spreads) are what it was judged by.
+    def check(self, text: str, ok: bool, **numbers) -> bool:
+        """Print and keep a check (an identity, a cost, a sanity test); ``numbers`` (or results, Spreads) are what it was judged by."""
+        return self._judge(verdicts.judge_check(text, ok, **numbers))
 
-        Raises:
-            AssertionError: if ``must`` and the claim failed.
-        """
-        known = {name: getattr(value, "spread", value) for name, value in numbers.items()}
-        return self._judge(Verdict(text, bool(ok), known), must)
+    def close(self, text: str, value, target: float, tol: float) -> bool:
+        """The check ``|value - target| <= tol``; ``value`` is a number, or a result or Spread, whose mean is taken."""
+        return self._judge(verdicts.judge_close(text, value, target, tol))
 
-    def close(self, text: str, value, target: float, tol: float, *, must: bool = False) -> bool:
-        """The verdict ``|value - target| <= tol``; ``value`` is a number, or a result or Spread, whose mean is taken."""
-        return self._judge(verdicts.judge_close(text, value, target, tol), must)
-
-    def better(
-        self, text: str, a, b, *, lower=False, paired=False, n_se: float = 2, digits=1, must=False
-    ) -> bool:
-        """The verdict "a is better than b by more than ``n_se`` standard errors of the difference".
+    def better(self, text: str, a, b, source: str, *, lower=False, paired=False, digits=1) -> bool:
+        """The claim "a is better than b": confirmed, contradicted or not resolved by the 95 % interval of the difference
+        (:func:`lib.companion.verdicts.judge_better`).
 
         Args:
             a, b: results or Spreads of independent repetitions.
+            source: section or table of the paper that says so; "this companion" for a sentence of ours.
             lower: smaller is better, as of losses and gaps.
             paired: a and b are the same repetitions under two conditions.
             digits: decimals of the numbers in the line.
         """
-        options = {"lower": lower, "paired": paired, "n_se": n_se, "digits": digits}
-        return self._judge(verdicts.judge_better(text, a, b, **options), must)
+        return self._judge(
+            verdicts.judge_better(text, a, b, source, lower=lower, paired=paired, digits=digits)
+        )
 
-    def _judge(self, verdict: Verdict, must: bool) -> bool:
+    def untested(self, text: str, source: str, *, needs: str) -> None:
+        """A claim of the paper that is not judged here, and what that would need."""
+        self._judge(verdicts.judge_untested(text, source, needs))
+
+    def _judge(self, verdict: Verdict) -> bool:
         self.judged.append(verdict)
         print(verdict.line)
-        if must and not verdict.ok:
-            raise AssertionError(verdict.line)
         return verdict.ok
 
     def finish(self, *, title: str = "", claim: str = "") -> None:
@@ -287,7 +285,14 @@ class Run:
             "repetitions": {key: getattr(self.profile, key) for key in ("sets", "networks", "random_draws")},
             "config": self.config,
             "verdicts": [
-                {"text": v.text, "ok": v.ok, "line": v.line, "numbers": v.numbers} for v in self.judged
+                {
+                    "text": v.text,
+                    "source": v.source,
+                    "outcome": v.outcome,
+                    "said": v.said,
+                    "numbers": v.numbers,
+                }
+                for v in self.judged
             ],
             **{kind: self._hashed(kind) for kind in ("figures", "tables", "sets")},
             "git": self.git,

@@ -157,14 +157,19 @@ def shared(network: torch.nn.Module) -> Ensemble:
 _SMALL = CAFE(
     iterations=4, real_batch=64, network="convnet-d2-w32", window=5, max_outer=15, max_inner=15, query=20
 )
+_FASHION = replace(
+    _SMALL, iterations=3, real_batch=32, network="convnet-d3-w32", init="real", max_outer=10, max_inner=10
+)
 _PHOTOS = replace(
     _SMALL, iterations=3, real_batch=32, network="convnet-d3-w32", init="real", max_outer=8, max_inner=8
 )
 _SCRIPT = "published script, which is CIFAR-10's; no other setting is published"
 RECIPES = Recipes(
     small("digits", _SMALL),
+    small("fashion14", _FASHION),
     small("photos16 photos32", _PHOTOS),
     small("digits", replace(_SMALL, iterations=2, augmentation="data"), "cpu-small-dsa", variant="DSA"),
+    small("fashion14", replace(_FASHION, iterations=2, augmentation="data"), "cpu-small-dsa", variant="DSA"),
     small(
         "photos16 photos32",
         replace(_PHOTOS, iterations=2, augmentation="data"),

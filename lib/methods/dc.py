@@ -239,10 +239,12 @@ class DC:
 
 _PAPER = DC()
 _DIGITS = DC(real_batch=64, network="convnet-d2-w32", outer=120)
+_FASHION = DC(real_batch=32, network="convnet-d3-w32", outer=40)
 _PHOTOS = DC(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5, init="real")
 _COMMANDS = "section 3.1 and the published commands"
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small("fashion14", _FASHION),
     small("photos16 photos32", _PHOTOS),
     published("mnist", (1, 10, 20, 30, 40, 50), _PAPER, "dc-mnist", _COMMANDS),
     published("fashionmnist svhn cifar10", (1, 10, 20, 30, 40, 50), _PAPER, "dc", _COMMANDS),

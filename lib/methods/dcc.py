@@ -82,6 +82,7 @@ class DCC(DC):
 _PAPER = DCC()
 # a quarter of the steps is warm-up, as published
 _DIGITS = DCC(outer=4, real_batch=32, network="convnet-d2-w32", warm_outer=1)
+_FASHION = replace(_DIGITS, network="convnet-d3-w32")
 _PHOTOS = DCC(outer=2, inner=4, epochs=5, real_batch=32, network="convnet-d3-w32", warm_outer=1, warm_inner=2)
 _COMMANDS = "section 5 and the published commands"
 
@@ -92,9 +93,11 @@ def _dsac(method: DCC) -> DCC:
 
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small("fashion14", _FASHION),
     small("photos16 photos32", _PHOTOS),
     published("svhn cifar10 cifar100", (1, 10, 50), _PAPER, "dc", _COMMANDS),
     small("digits", _dsac(_DIGITS), variant="DSAC"),
+    small("fashion14", _dsac(_FASHION), variant="DSAC"),
     small("photos16 photos32", _dsac(_PHOTOS), variant="DSAC"),
     published("svhn cifar10 cifar100", (1, 10, 50), _dsac(_PAPER), "dsa", _COMMANDS, variant="DSAC"),
 )

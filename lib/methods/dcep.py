@@ -81,7 +81,8 @@ def _rows(formation: str, variant: str = "") -> list[list[Recipe]]:
 
 
 RECIPES = Recipes(
-    small("digits", DCEP(**vars(idc.RECIPES.named("digits").method) | {"formation": FORMATIONS["tiles"]})),  # grey: IDC
+    *(small(data, DCEP(**vars(idc.RECIPES.named(data).method) | {"formation": FORMATIONS["tiles"]}))
+      for data in ("digits", "fashion14")),  # grey: IDC
     *_rows("pack"),
     *(group for name in FORMATIONS if name != "pack" for group in _rows(name, name)),
 )  # fmt: skip

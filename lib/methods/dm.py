@@ -212,6 +212,9 @@ _SMALL = DM(iterations=300, real_batch=64, network="convnet-d3-w32")
 _COMMANDS = "section 4.1 and the published commands"
 RECIPES = Recipes(
     small("digits", DM(iterations=200, real_batch=64, network="convnet-d2-w32", augmentation="none")),
+    small(
+        "fashion14", DM(iterations=100, lr=3.0, real_batch=32, network="convnet-d3-w32", augmentation="none")
+    ),
     small("photos16 photos32", _SMALL),
     published("mnist fashionmnist svhn cifar10 cifar100", (1, 10, 50), _PAPER, "dsa", _COMMANDS),
     published(

@@ -116,14 +116,14 @@ def plus(method: DREAM) -> DREAM:
 
 
 RECIPES = Recipes(
-    *(small(data, _of_idc(data)) for data in ("digits", "photos16", "photos32")),
+    *(small(data, _of_idc(data)) for data in ("digits", "fashion14", "photos16", "photos32")),
     published("cifar10 cifar100", (1, 10, 50), _PAPER, "idc", _CODE),
     published("svhn", (1, 10, 50), _published("svhn"), "idc", _CODE),
     published("fashionmnist", (1, 10, 50), _published("fashionmnist"), "idc", _CODE),
     published("mnist", (1, 10, 50), _published("mnist"), "idc-plain", _CODE),
     published("tinyimagenet", (1, 10), _TINY, "idc", _MERGED),
     published("tinyimagenet", 50, replace(_TINY, lr=1e-6), "idc", _MERGED),
-    *(small(data, plus(_of_idc(data)), variant="plus") for data in ("digits", "photos16", "photos32")),
+    *(small(data, plus(_of_idc(data)), variant="plus") for data in ("digits", "fashion14", "photos16", "photos32")),
     published("cifar10 cifar100", (1, 10, 50), plus(_PAPER), "idc", "DREAM+ in the published code", variant="plus"),
 )  # fmt: skip
 
@@ -133,7 +133,7 @@ def _on_dc(data: str, ipc: int | None, sampler: Representative) -> DreamDC:
 
 
 DREAM_DC = Recipes(
-    *(small(data, _on_dc(data, None, _OFTEN)) for data in ("digits", "photos16", "photos32")),
+    *(small(data, _on_dc(data, None, _OFTEN)) for data in ("digits", "fashion14", "photos16", "photos32")),
     published("mnist", (1, 10, 50), _on_dc("mnist", 10, Representative()), "dc-mnist", "DC's settings, DREAM's sampler"),
     published(
         "fashionmnist svhn cifar10", (1, 10, 50), _on_dc("cifar10", 10, Representative()), "dc", "DC's settings, DREAM's sampler"

@@ -26,9 +26,11 @@ class DSA(dc.DC):
 
 _PAPER = DSA()
 _DIGITS = DSA(real_batch=64, network="convnet-d2-w32", outer=120)
+_FASHION = DSA(real_batch=32, network="convnet-d3-w32", outer=40)
 _PHOTOS = DSA(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5)
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small("fashion14", _FASHION),
     small("photos16 photos32", _PHOTOS),
     published(
         "mnist fashionmnist svhn cifar10 cifar100",

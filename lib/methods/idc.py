@@ -160,6 +160,7 @@ _HUNDRED = replace(
 )
 _SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, outer=3, n_data=128)
 _DIGITS = replace(_SMALL, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0)
+_FASHION = replace(_DIGITS, network="convnet-d3-w32", base_side=14)
 _PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, lr=0.01)
 _REPRODUCE = "official settings (reproduce)"
 _AP = "official settings (reproduce), there with ResNetAP-10"
@@ -174,6 +175,7 @@ def rows(of: Callable[[IDC], Any], variant: str = "") -> list[list[Recipe]]:
     """The small rows, whose rates were chosen for their size, and those that hold with and without multi-formation."""
     return [
         small("digits", of(_DIGITS), variant=variant),
+        small("fashion14", of(_FASHION), variant=variant),
         small("photos16", of(replace(_PHOTOS, base_side=16)), variant=variant),
         small("photos32", of(_PHOTOS), variant=variant),
         published("cifar10 cifar100", (1, 10, 20, 50), of(_CIFAR), "idc", _REPRODUCE, variant=variant),

@@ -187,6 +187,7 @@ DEEPCORE = "DeepCore's published commands"
 # On small data a proxy stops at 65 % of the training images, where gradients are still there (lib.select.proxy).
 SMALL_PROXIES = {
     "digits": Proxy("mlp", until=0.65),
+    "fashion14": Proxy("convnet-d3-w32", epochs=5, until=0.65),
     "photos16 photos32": Proxy("convnet-d3-w32", epochs=5, until=0.65),
 }
 
@@ -196,7 +197,7 @@ def _in_tables(made) -> Recipes:
     sets, deep = "mnist fashionmnist svhn cifar10 cifar100", replace(CONVNET, network="convnet-d4-w128")
     return Recipes(
         small("digits", made(Proxy("convnet-d2-w32"))),
-        small("photos16 photos32", made(Proxy("convnet-d3-w32"))),
+        small("fashion14 photos16 photos32", made(Proxy("convnet-d3-w32"))),
         published(sets, (1, 10, 50), made(CONVNET), "dc", TABLES),
         published("tinyimagenet", (1, 10, 50), made(deep), "dc", TABLES),
         published("cifar10", None, made(RESNET), "deepcore", DEEPCORE, variant="deepcore"),

@@ -50,6 +50,10 @@ RECIPES = Recipes(
         "digits", WassersteinDM(iterations=200, real_batch=64, network="convnet-d2-w32", augmentation="none")
     ),
     small(
+        "fashion14",
+        WassersteinDM(iterations=80, real_batch=32, network="convnet-d3-w32", augmentation="none"),
+    ),
+    small(
         "photos16 photos32", WassersteinDM(iterations=200, lr=0.3, real_batch=64, network="convnet-d3-w32")
     ),
     published(_DATA, (1, 10, 50), _W2, "dsa", _OURS),

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from lib.companion.contents import FAMILIES
 from lib.companion.profiles import PROFILES
 from lib.companion.run import output_root
-from lib.companion.verdicts import FAILED, HELD
+from lib.companion.verdicts import CONFIRMED, CONTRADICTED, FAILS, HOLDS, tally
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT
 from workflow.pages.page import notebook_body, shell, style_sheet
@@ -95,7 +95,7 @@ def put_in_place(made: Path, figures: Path) -> None:
 
 
 def read_records(results: Path) -> list[dict]:
-    """Every readable ``run.json``, by run (cpu, photos, paper, then others) and notebook; a damaged one is
+    """Every readable ``run.json``, by run (cpu, overnight, paper, then others) and notebook; a damaged one is
     named and left out.
     """
     records = []
@@ -193,25 +193,24 @@ def thumbnail(root: Path, record: dict) -> str:
     return '<div class="thumbnail empty" aria-hidden="true"></div>'
 
 
+LOOKS = {CONFIRMED: "held", HOLDS: "held", CONTRADICTED: "failed", FAILS: "failed"}  # the others are neither
+
+
 def verdict_list(record: dict) -> str:
-    """How many claims held, unfolding to the claims."""
+    """How the claims and checks came out, unfolding to their lines."""
     verdicts = record.get("verdicts", [])
     if not verdicts:
         return ""
-    held = sum(verdict["ok"] for verdict in verdicts)
-    counts = [(held, HELD, "held"), (len(verdicts) - held, FAILED, "failed")]
-    pills = " ".join(f'<span class="pill {kind}">{n} {name}</span>' for n, name, kind in counts if n)
+    pills = " ".join(
+        f'<span class="pill {LOOKS.get(outcome, "open")}">{n} {outcome}</span>'
+        for outcome, n in tally(verdicts).items()
+        if n
+    )
     lines = "".join(
-        f'<li class="{kind}"><b>{name}</b> {escape(said(verdict))}</li>'
+        f'<li class="{LOOKS.get(verdict["outcome"], "open")}"><b>{verdict["outcome"]}</b> {escape(verdict["said"])}</li>'
         for verdict in verdicts
-        for kind, name in [("held", HELD) if verdict["ok"] else ("failed", FAILED)]
     )
     return f'<details class="verdicts"><summary>{pills}</summary><ul>{lines}</ul></details>'
-
-
-def said(verdict: dict) -> str:
-    """The claim with the numbers it was judged by, where the record has them as text."""
-    return verdict["line"][len(FAILED) :].strip() if "line" in verdict else verdict["text"]
 
 
 def file_list(root: Path, record: dict) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from lib.companion import published, tables
+from lib.companion import published, tables, verdicts
 from lib.evaluate.spread import Spread
 from lib.methods import METHODS
 from lib.system.errors import CompanionError
@@ -77,18 +77,21 @@ def read_records(folder: Path) -> dict[str, dict]:
 
 
 def held(record: dict | None) -> str:
-    """Claims confirmed of claims made: ``7/12``."""
-    verdicts = (record or {}).get("verdicts", [])
-    return f"{sum(one['ok'] for one in verdicts)}/{len(verdicts)}" if verdicts else ""
+    """Claims confirmed of claims tested: ``7/12``."""
+    found = verdicts.tally((record or {}).get("verdicts", []))
+    tested = sum(found[outcome] for outcome in verdicts.CLAIMS if outcome != verdicts.UNTESTED)
+    return f"{found[verdicts.CONFIRMED]}/{tested}" if tested else ""
 
 
 def counts(records: dict[str, dict]) -> str:
     """How many methods, papers, notebooks and claims."""
-    verdicts = [one for record in records.values() for one in record["verdicts"]]
+    found = verdicts.tally(one for record in records.values() for one in record["verdicts"])
     papers = {entry.paper for entry in METHODS.values() if entry.paper}
+    claims = ", ".join(f"{found[outcome]} are {outcome}" for outcome in verdicts.CLAIMS if found[outcome])
+    named, checks = (sum(found[outcome] for outcome in kind) for kind in (verdicts.CLAIMS, verdicts.CHECKS))
     return (
-        f"{len(METHODS)} methods of {len(papers)} papers, {len(records)} notebooks; of the {len(verdicts)} claims that the notebooks "
-        f"check, {sum(one['ok'] for one in verdicts)} are confirmed. The others are reported with their numbers."
+        f"{len(METHODS)} methods of {len(papers)} papers, {len(records)} notebooks. Of {named} claims of the papers that the notebooks name, "
+        f"{claims}; of {checks} checks (identities, costs, sanity), {found[verdicts.HOLDS]} hold. All are reported with their numbers."
     )
 
 
