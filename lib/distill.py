@@ -160,11 +160,14 @@ class _Run:
     def to_the_end(self, progress: bool, callback) -> None:
         from tqdm.auto import tqdm
 
-        good, saved, pending = None, time.perf_counter(), []
+        good, due, saved, pending = None, False, time.perf_counter(), []
         with tqdm(total=self.total, initial=self.done, leave=False, disable=not progress, unit="step") as bar:
             while self.done < self.total:
                 if not pending and self.checkpoint:
                     good = self._core()
+                    if due:
+                        self._save(good)
+                        saved = time.perf_counter()
                 try:
                     metrics = self.method.step(self.state, self.generator)
                 except KeyboardInterrupt:
@@ -181,9 +184,6 @@ class _Run:
                     self._look(pending, good)
                     bar.update(len(pending))
                     pending = []
-                    if due and self.done < self.total:
-                        self._save(self._core())
-                        saved = time.perf_counter()
 
     def _interrupted(self, good: dict | None) -> str:
         """Keep the last state that was looked at, and say so."""

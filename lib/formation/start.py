@@ -22,8 +22,10 @@ def initial_pixels(train, ipc: int, init: str, generator: torch.Generator) -> Te
     raise unknown("init", init, INITIAL)
 
 
-def initial_codes(formation, train, ipc: int, init: str, generator: torch.Generator) -> Tensor:
-    """``(C * ipc, c, h, w)``, class-major: where the stored images of a formation (``lib.formation``) start.
+def initial_codes(
+    formation, train, ipc: int, init: str, generator: torch.Generator, space: str = "normalised"
+) -> Tensor:
+    """``(C * ipc, c, h, w)``, class-major, in that space: where the stored images of a formation (``lib.formation``) start.
 
     ``init="mix"`` packs real images, each different, into every code;
     otherwise see :func:`initial_pixels`.
@@ -31,10 +33,29 @@ def initial_codes(formation, train, ipc: int, init: str, generator: torch.Genera
     formation.check(train.shape)
     formation = formation.on(train.transform)
     if init == "mix":
-        return formation.pack(several_real(train, ipc, formation.multiplicity, generator))
-    if init not in INITIAL:
+        codes = formation.pack(several_real(train, ipc, formation.multiplicity, generator))
+    elif init in INITIAL:
+        codes = initial_pixels(train, ipc, init, generator)
+    else:
         raise unknown("init", init, [*INITIAL, "mix"])
-    return initial_pixels(train, ipc, init, generator)
+    return to_space(codes, train, space)
+
+
+def to_space(normalised: Tensor, train, space: str) -> Tensor:
+    """How normalised images are stored."""
+    return train.transform.inverse(normalised) if space == "unit" else normalised
+
+
+def from_space(stored: Tensor, train, space: str) -> Tensor:
+    """Stored images in the space of the data."""
+    return train.transform.forward(stored) if space == "unit" else stored
+
+
+@torch.no_grad()
+def clamp_to_space(stored: Tensor, space: str) -> None:
+    """Put values that left [0, 1] back, in place; the space of the data has no bounds."""
+    if space == "unit":
+        stored.clamp_(0, 1)
 
 
 def several_real(train, ipc: int, times: int, generator: torch.Generator) -> Tensor:
@@ -49,8 +70,10 @@ def several_real(train, ipc: int, times: int, generator: torch.Generator) -> Ten
     return images.flatten(1, 2)
 
 
-def pixel_set(pixels: Tensor, train, ipc: int, formation=None) -> SyntheticSet:
+def pixel_set(pixels: Tensor, train, ipc: int, formation=None, space: str = "normalised") -> SyntheticSet:
     """The synthetic set of class-major codes of a formation (default: plain pixels), with hard labels (a copy)."""
+    codes = pixels.detach().clone()
+    clamp_to_space(codes, space)
     labels = class_major(train.num_classes, ipc, pixels.device)
     decoder = {} if formation is None else {"decoder": formation.on(train.transform)}
-    return SyntheticSet(pixels.detach().clone(), labels, train.classes, train.transform, **decoder)
+    return SyntheticSet(from_space(codes, train, space), labels, train.classes, train.transform, **decoder)

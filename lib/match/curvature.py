@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.match.gradient import Gap, embed
+from lib.match.gradient import OutputGap, embed
 from lib.nets.ensemble import Ensemble
 from lib.system.errors import CompanionError, unknown, whole
 
@@ -101,7 +101,7 @@ KINDS = ("gradvar", "diag", "eig")
 
 
 @dataclass(frozen=True)
-class CurvatureGap(Gap):
+class CurvatureGap(OutputGap):
     r"""$\tfrac\rho2\,\mathcal C(T_c,S_c)$ of the last layer: LCMat-C's term beside a distance of gradients.
 
     Attributes:
@@ -122,7 +122,13 @@ class CurvatureGap(Gap):
             raise CompanionError(f"rho {self.rho!r} is not allowed: a radius is at least 0")
         whole(self, power_steps=1)
 
+    def see(self, networks: Ensemble, images: Tensor) -> Outputs:
+        return outputs(networks, images)
+
     def between(self, real: Outputs, syn: Outputs, generator: torch.Generator | None = None) -> Tensor:
+        return self.rho / 2 * self.curvature(real, syn, generator)
+
+    def curvature(self, real: Outputs, syn: Outputs, generator: torch.Generator | None = None) -> Tensor:
         r"""$\mathcal C(T_c,S_c)$, ``(C,)``."""
         if self.kind == "gradvar":
             return gradient_variance(real, syn)
@@ -131,17 +137,3 @@ class CurvatureGap(Gap):
         shape = (len(syn.labels), syn.logits.shape[2], syn.inputs.shape[2])
         start = torch.randn(shape, generator=generator, device=syn.inputs.device).to(syn.inputs)
         return top_eigenvalue(real, syn, start, self.power_steps)
-
-    def match(
-        self,
-        networks: Ensemble,
-        real: Tensor,
-        syn: Tensor,
-        generator: torch.Generator | None = None,
-        mixed: bool = False,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        pixels = syn.detach().requires_grad_()
-        with torch.no_grad():
-            target = outputs(networks, real)
-        losses = self.rho / 2 * self.between(target, outputs(networks, pixels), generator)
-        return {self.name: losses.detach()}, torch.autograd.grad(losses.sum(), pixels)[0]

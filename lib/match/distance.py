@@ -13,6 +13,7 @@ The distances themselves stand beside their mathematics: means in ``features``, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -82,7 +83,7 @@ class At:
 
 
 @dataclass(frozen=True)
-class Distance:
+class Distance(ABC):
     """The base of all: looks at the embedding, keeps nothing."""
 
     looks: ClassVar[bool] = True  # whether a network is needed at all
@@ -111,9 +112,9 @@ class Distance:
         """
         return {"embedding": look.embedding}
 
+    @abstractmethod
     def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
         """The weighted summands by name, ``(C,)`` each."""
-        raise NotImplementedError
 
     def between(self, real: Look, syn: Look, at: At | None = None) -> dict[str, Tensor]:
         """:meth:`terms` of two looks, outside of any method: nothing is remembered."""

@@ -15,9 +15,10 @@ Parameter gradients carry a leading class axis: they are lists of ``(C, *paramet
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,12 @@ from lib.nets.ensemble import Ensemble, apply
 from lib.system.errors import CompanionError, choose
 
 EPS = 1e-6  # of the published code, added to the product of the norms
-GROUPED_BYTES = (
-    4 * 2**20
-)  # on a CPU, classes share one call while the input-size maps of one class stay below this
+# on a CPU, classes share one call while the input-size maps of one class stay below this
+GROUPED_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Gap:
+class Gap(ABC):
     """The base of all: how far S is from T at one network, class by class."""
 
     name: ClassVar[str] = "gradients"  # of its term in the history
@@ -44,6 +44,7 @@ class Gap:
         """The terms of :meth:`match`."""
         return (self.name,)
 
+    @abstractmethod
     def match(
         self,
         networks: Ensemble,
@@ -62,7 +63,6 @@ class Gap:
         Returns:
             term -> ``(C,)``, without graph, and the gradient, shaped as ``syn``.
         """
-        raise NotImplementedError
 
     def __add__(self, other: Gap) -> Total:
         return Total((*_parts(self), *_parts(other)))
@@ -106,9 +106,9 @@ def _parts(gap: Gap) -> tuple[Gap, ...]:
 class GradientGap(Gap):
     """The base of distances between the parameter gradients of every class."""
 
+    @abstractmethod
     def between(self, syn: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
         """The distance of two lists of gradients, ``(C,)``."""
-        raise NotImplementedError
 
     def match(
         self,
@@ -217,20 +217,20 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-# -- between features -----------------------------------------------------------------------------------------------------
+# -- between what the network shows of the images ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class FeatureMean(Gap):
-    r"""$w\,\lVert\bar\phi(\mathcal T_c)-\bar\phi(\mathcal S_c)\rVert_2^2$ of the embeddings: the term of DREAM+ (arXiv 2310.15052)."""
+class OutputGap(Gap):
+    """The base of distances between what the network shows of S and of T: no second derivatives, a target without graph."""
 
-    weight: float = 1.0
+    @abstractmethod
+    def see(self, networks: Ensemble, images: Tensor) -> Any:
+        """What is compared of images ``(C, n, c, h, w)``."""
 
-    name: ClassVar[str] = "features"
-
-    def __post_init__(self):
-        if not self.weight >= 0:
-            raise CompanionError(f"weight {self.weight!r} of FeatureMean is not allowed: at least 0")
+    @abstractmethod
+    def between(self, real: Any, syn: Any, generator: torch.Generator | None = None) -> Tensor:
+        """The weighted distance of two such sights, ``(C,)``."""
 
     def match(
         self,
@@ -242,9 +242,28 @@ class FeatureMean(Gap):
     ) -> tuple[dict[str, Tensor], Tensor]:
         pixels = syn.detach().requires_grad_()
         with torch.no_grad():
-            target = embed(networks, real)
-        losses = self.weight * class_mean(target, embed(networks, pixels))
+            target = self.see(networks, real)
+        losses = self.between(target, self.see(networks, pixels), generator)
         return {self.name: losses.detach()}, torch.autograd.grad(losses.sum(), pixels)[0]
+
+
+@dataclass(frozen=True)
+class FeatureMean(OutputGap):
+    r"""$w\,\lVert\bar\phi(\mathcal T_c)-\bar\phi(\mathcal S_c)\rVert_2^2$ of the embeddings: the term of DREAM+ (arXiv 2310.15052)."""
+
+    weight: float = 1.0
+
+    name: ClassVar[str] = "features"
+
+    def __post_init__(self):
+        if not self.weight >= 0:
+            raise CompanionError(f"weight {self.weight!r} of FeatureMean is not allowed: at least 0")
+
+    def see(self, networks: Ensemble, images: Tensor) -> Tensor:
+        return embed(networks, images)
+
+    def between(self, real: Tensor, syn: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.weight * class_mean(real, syn)
 
 
 def embed(networks: Ensemble, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ of at least five times the IPC. The mathematics is in ``lib.match.transport``.
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -62,9 +63,9 @@ class Points(Distance):
             x, y = x @ columns, y @ columns
         return self.compare(x, y, at)
 
+    @abstractmethod
     def compare(self, x: Tensor, y: Tensor, at: At) -> dict[str, Tensor]:
         """The term of points ``(C, n, d)`` and ``(C, m, d)``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Feature maps are ``(C, n, K, h, w)`` for the real and ``(C, m, K, h, w)`` for th
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -171,9 +172,9 @@ class _OfMaps(Distance):
     def taps(self) -> tuple[str, ...]:
         return (self.tap,)
 
+    @abstractmethod
     def statistic(self, maps: Tensor) -> Tensor:
         """Of ``(C, n, K, h, w)`` maps, ``(C, n or 1, ...)``."""
-        raise NotImplementedError
 
     def observe(self, look: Look) -> dict[str, Tensor]:
         maps = look.maps(self.tap)

@@ -38,11 +38,8 @@ from lib.synset import class_major
 from lib.system.errors import choose, whole
 
 SCHEDULES = ("dynamic", "fixed")
-RATE_DROPS = (
-    0.6,
-    0.8,
-    0.9,
-)  # the pixels' rate is halved at these parts of the run: 1200, 1600 and 1800 of 2000
+# the pixels' rate is halved at these parts of the run: 1200, 1600 and 1800 of 2000
+RATE_DROPS = (0.6, 0.8, 0.9)
 
 
 @dataclass

@@ -24,11 +24,11 @@ from lib import augment, nets
 from lib.augment import augment_by_class, families
 from lib.data.imageset import ImageSet
 from lib.formation import Pixels, at_most, by_class, decode_by_class
-from lib.formation.start import SPACES, initial_codes, pixel_set
+from lib.formation.start import SPACES, clamp_to_space, from_space, initial_codes, pixel_set
 from lib.match.gradient import Gap, RowCosine
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict_embeddings, sgd_steps
-from lib.optim.sequential import sequential_rates
+from lib.optim.sequential import pixel_sgd
 from lib.recipes import Recipes, published, small
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet, class_major
@@ -68,18 +68,12 @@ class DC:
     augmentation: str = "none"
     siamese: bool = True  # share the augmentation between real and synthetic images
     mixed: bool = False  # real gradients in bfloat16
-    mode: str = (
-        "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
-    )
+    mode: str = "single"  # how augmentation families combine, as DSA; or "idc", "multiple" (lib.augment)
     formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
     sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
-    most: int | None = (
-        None  # at most so many decoded images of a class are compared, drawn anew at every step
-    )
+    most: int | None = None  # at most so many decoded images of a class are compared, drawn anew each step
     space: str = "normalised"  # of the stored pixels; "unit": [0, 1], clamped whenever a network begins, and at the end
-    sequential: bool = (
-        False  # the joint step that equals one optimiser step per class in turn (lib.optim.sequential)
-    )
+    sequential: bool = False  # a joint step that equals one step per class in turn (lib.optim.sequential)
 
     def __post_init__(self) -> None:
         if not isinstance(self.distance, Gap):
@@ -110,14 +104,10 @@ class DC:
         return self.lr
 
     def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
-        pixels = initial_codes(self.formation, train, ipc, self.init, generator)
-        if self.space == "unit":
-            pixels = train.transform.inverse(pixels)
-        lr, momentum = self.rate(train, ipc), self.momentum
-        if self.sequential:
-            lr, momentum = sequential_rates(lr, momentum, train.num_classes)
+        pixels = initial_codes(self.formation, train, ipc, self.init, generator, self.space)
+        rate = self.rate(train, ipc)
         # one optimiser for the whole run
-        optimiser = torch.optim.SGD([pixels.requires_grad_()], lr=lr, momentum=momentum)
+        optimiser = pixel_sgd(pixels, rate, self.momentum, train.num_classes, self.sequential)
         return State(pixels, optimiser, Ensemble.make(self.network, train, [generator]), 0, train, ipc)
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
@@ -137,9 +127,7 @@ class DC:
         """What happens every T steps: a fresh network, with which the sampler begins anew."""
         state.networks = Ensemble.make(self.network, state.train, [generator])
         state.memory.restart()
-        if self.space == "unit":
-            with torch.no_grad():
-                state.pixels.clamp_(0, 1)
+        clamp_to_space(state.pixels, self.space)
 
     def match(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """Update S by the distance at the current network: its sum, and that of every class."""
@@ -179,7 +167,7 @@ class DC:
 
     def normalised(self, state: State) -> Tensor:
         """The stored images in the space of the data, ``(C * ipc, c, h, w)``."""
-        return state.train.transform.forward(state.pixels) if self.space == "unit" else state.pixels
+        return from_space(state.pixels, state.train, self.space)
 
     def decode(self, state: State, stored: Tensor) -> Tensor:
         """What normalised stored images are trained on as, ``(C, m, c, h, w) -> (C, k m, c, h, w)``."""
@@ -229,12 +217,8 @@ class DC:
             mode=self.mode,
         )
 
-    @torch.no_grad()
     def finish(self, state: State) -> SyntheticSet:
-        pixels = state.pixels
-        if self.space == "unit":
-            pixels = state.train.transform.forward(pixels.clamp(0, 1))
-        return pixel_set(pixels, state.train, state.ipc, self.formation)
+        return pixel_set(state.pixels, state.train, state.ipc, self.formation, self.space)
 
 
 _PAPER = DC()

@@ -25,12 +25,12 @@ from lib import augment, nets
 from lib.augment import augment_by_class, families
 from lib.data.imageset import ImageSet
 from lib.formation import Pixels, at_most, by_class, decode_by_class
-from lib.formation.start import SPACES, initial_codes, pixel_set
+from lib.formation.start import SPACES, clamp_to_space, from_space, initial_codes, pixel_set
 from lib.match.distance import At, Distance, Look
 from lib.match.features import ClassMean
 from lib.nets.supply import Fresh
 from lib.nets.training import rows_at_once
-from lib.optim.sequential import sequential_rates
+from lib.optim.sequential import pixel_sgd
 from lib.recipes import Recipes, published, small
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet
@@ -64,20 +64,14 @@ class DM:
     init: str = "real"
     augmentation: str = "data"  # "data": the data set's DSA strategy; "none"
     mixed: bool = False  # real images in bfloat16
-    mode: str = (
-        "single"  # how augmentation families combine: "single", as DSA, or "idc" or "multiple" (lib.augment)
-    )
+    mode: str = "single"  # how augmentation families combine, as DSA; or "idc", "multiple" (lib.augment)
     distance: Distance = ClassMean()  # what is compared (lib.match.distance)
     networks: Any = Fresh()  # which network a step looks at (lib.nets.supply)
     formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
     sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
-    most: int | None = (
-        None  # at most so many decoded images of a class are compared, drawn anew at every step
-    )
+    most: int | None = None  # at most so many decoded images of a class are compared, drawn anew each step
     space: str = "normalised"  # of the stored pixels; "unit": [0, 1], clamped before every step
-    sequential: bool = (
-        False  # the joint step that equals one optimiser step per class in turn (lib.optim.sequential)
-    )
+    sequential: bool = False  # a joint step that equals one step per class in turn (lib.optim.sequential)
 
     def __post_init__(self) -> None:
         choose("pixel space", self.space, dict.fromkeys(SPACES))
@@ -96,22 +90,15 @@ class DM:
         return replace(self, iterations=count)
 
     def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> State:
-        pixels = initial_codes(self.formation, train, ipc, self.init, generator)
-        if self.space == "unit":
-            pixels = train.transform.inverse(pixels)
-        lr, momentum = self.lr, self.momentum
-        if self.sequential:
-            lr, momentum = sequential_rates(lr, momentum, train.num_classes)
-        optimiser = torch.optim.SGD([pixels.requires_grad_()], lr=lr, momentum=momentum)
+        pixels = initial_codes(self.formation, train, ipc, self.init, generator, self.space)
+        optimiser = pixel_sgd(pixels, self.lr, self.momentum, train.num_classes, self.sequential)
         supply = self.networks.begin(self.network, train, generator)
         self.distance.check(supply.network, ipc)
         return State(pixels, optimiser, supply, self.distance.begin(train, generator), train, ipc)
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of all images."""
-        if self.space == "unit":
-            with torch.no_grad():
-                state.pixels.clamp_(0, 1)
+        clamp_to_space(state.pixels, self.space)
         network = state.supply.network
         if self.distance.looks:
             network = self.networks.draw(state.supply, generator)
@@ -141,7 +128,7 @@ class DM:
 
     def images(self, state: State, generator: torch.Generator) -> Tensor:
         """The synthetic images that are compared, ``(C, m, c, h, w)``: what the stored ones are decoded to."""
-        pixels = state.train.transform.forward(state.pixels) if self.space == "unit" else state.pixels
+        pixels = from_space(state.pixels, state.train, self.space)
         decoded = decode_by_class(
             self.formation.on(state.train.transform), by_class(pixels, state.train.num_classes)
         )
@@ -184,11 +171,7 @@ class DM:
         return {name: tensor.float() for name, tensor in _joined(groups, 0).items()}
 
     def finish(self, state: State) -> SyntheticSet:
-        with torch.no_grad():
-            pixels = state.pixels
-            if self.space == "unit":
-                pixels = state.train.transform.forward(pixels.clamp(0, 1))
-            return pixel_set(pixels, state.train, state.ipc, self.formation)
+        return pixel_set(state.pixels, state.train, state.ipc, self.formation, self.space)
 
 
 def _joined(parts: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:

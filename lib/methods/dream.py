@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lib.data.imageset import ImageSet
+from lib.formation.start import to_space
 from lib.match.gradient import FeatureMean
 from lib.methods import dc, idc
 from lib.methods.dc import DC
@@ -45,7 +46,7 @@ class RepresentativeStart:
         state = replace(self, init="mix").begin(train, ipc, generator)  # the same random numbers as without
         codes = self.representatives(state, generator.initial_seed())
         with torch.no_grad():
-            state.pixels.copy_(train.transform.inverse(codes) if self.space == "unit" else codes)
+            state.pixels.copy_(to_space(codes, train, self.space))
         return state
 
     def representatives(self, state: dc.State, seed: int) -> Tensor:

@@ -43,9 +43,7 @@ class LCMatS(ProxySelection):
 
     eps: float = 0.01  # weight of the curvature, in the place of rho / 2; 0 is CRAIG without its weights
     coordinates: int = 100  # K, of C (1 + d)
-    weighted: bool = (
-        False  # True is ours: weights as CRAIG has them, the number of images nearest to each pick
-    )
+    weighted: bool = False  # True is ours: weights as CRAIG has them, the images nearest to each pick
 
     VARIANTS: ClassVar = ("paper", "official")
 

@@ -68,9 +68,7 @@ class Queue:
     are drawn with replacement.
     """
 
-    size: int = (
-        100  # networks kept; with 1, start 0, interval 1 and steps 0 a new one at every step, as Fresh
-    )
+    size: int = 100  # networks kept; 1, with start 0, interval 1 and steps 0: as Fresh, anew at every step
     start: int = 3  # networks at the beginning
     interval: int = 30  # a new network every so many steps
     fetch: int = 2  # networks trained after every step

@@ -1,6 +1,16 @@
-"""A joint step that equals one optimiser step per class in turn."""
+"""Gradient descent on stored images, and a joint step that equals one optimiser step per class in turn."""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pixel_sgd(pixels: Tensor, lr: float, momentum: float, classes: int, sequential: bool) -> torch.optim.SGD:
+    """SGD with momentum on stored images, which are made leaves; ``sequential``: at the rates of :func:`sequential_rates`."""
+    if sequential:
+        lr, momentum = sequential_rates(lr, momentum, classes)
+    return torch.optim.SGD([pixels.requires_grad_()], lr=lr, momentum=momentum)
 
 
 def sequential_rates(lr: float, momentum: float, classes: int) -> tuple[float, float]:
