@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import toy_data
+
+pytest.register_assert_rewrite("helpers")  # its assertions, too, show what they compared
+
+from helpers import toy_data  # noqa: E402
 
 torch.set_num_threads(1)
 

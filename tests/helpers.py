@@ -1,11 +1,19 @@
-"""Small data for the tests: random images whose classes can be told apart."""
+"""Small data for the tests, random images whose classes can be told apart; and what the tests of recipes share."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
 
 from lib.data.imageset import Data, ImageSet
 from lib.data.whitening import Standardise
+from lib.evaluate.protocol import PROTOCOLS
+from lib.methods import recipes
+from lib.system.errors import CompanionError
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -30,3 +38,55 @@ def toy_data(
         return ImageSet("toy", images.flatten(0, 1)[order], labels[order], names, transform, strategy)
 
     return Data(half(per_class), half(per_class))
+
+
+def with_fields(method: Any, **changes) -> Any:
+    """``dataclasses.replace`` with those changes alone whose fields the method has."""
+    names = {one.name for one in dataclasses.fields(method)}
+    return dataclasses.replace(method, **{name: value for name, value in changes.items() if name in names})
+
+
+# -- recipes: the published rows, typed off the papers and codes ------------------------------------------------------------
+
+
+def published_rows(published: dict[tuple[str, str], list[tuple]]) -> list:
+    """Parameters ``(name, variant, data, ipc, judged, fields)``, one for every row of a typed table.
+
+    Args:
+        published: (method, variant) -> groups (data sets in one string, IPCs, protocol, base fields, changes to them).
+    """
+    return [
+        pytest.param(name, variant, data, ipc, judged, base | changes, id=f"{name}{variant and '-' + variant}-{data}-{ipc}")
+        for (name, variant), groups in published.items()
+        for names, counts, judged, base, changes in groups
+        for data in names.split()
+        for ipc in counts
+    ]  # fmt: skip
+
+
+def check_published(
+    name: str, variant: str, data: str, ipc: int, judged: str, fields: dict[str, Any]
+) -> None:
+    """The recipe of a typed row has its fields and its protocol, and says where they are from."""
+    recipe = recipes(name).named(data, ipc, variant)
+    assert {field: getattr(recipe.method, field) for field in fields} == fields
+    assert recipe.protocol == judged and recipe.protocol in PROTOCOLS
+    assert not recipe.small and recipe.source
+
+
+def typed_and_found(rows: list, names: Iterable[str]) -> tuple[set[tuple], set[tuple]]:
+    """(method, variant, data, IPC) of the typed rows, and of the published recipes of these methods."""
+    typed = {case.values[:4] for case in rows}
+    found = {
+        (name, row.variant, row.data, row.ipc) for name in names for row in recipes(name) if not row.small
+    }
+    return typed, found
+
+
+def check_missing(name: str, data: str, ipc: int) -> None:
+    """What was not published is an error of one line that lists the rows."""
+    with pytest.raises(
+        CompanionError, match=f"no recipe for {data} IPC {ipc}; there are recipes for digits"
+    ) as caught:
+        recipes(name).named(data, ipc)
+    assert "\n" not in str(caught.value)

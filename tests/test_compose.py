@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import toy_data
+from helpers import toy_data, with_fields
 
 from lib.compose import AUGMENTATIONS, FORMATIONS, OBJECTIVES, PARTS, SAMPLERS, compose, initial
 from lib.distill import distill
@@ -17,7 +17,7 @@ from lib.match.curvature import CurvatureGap
 from lib.match.features import ClassMean
 from lib.match.gradient import Cosine, RowCosine
 from lib.match.mmd import MMD
-from lib.methods import dc, dm, dsa, with_fields
+from lib.methods import dc, dm, dsa
 from lib.methods.idc import IDC
 from lib.select.sampler import RandomBatches, Representative
 from lib.system.errors import CompanionError

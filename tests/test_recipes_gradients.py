@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import toy_data
+from helpers import check_missing, check_published, published_rows, toy_data, typed_and_found, with_fields
 
 from lib.distill import distill
 from lib.evaluate.protocol import PROTOCOLS, protocol
@@ -14,10 +14,9 @@ from lib.formation import ChannelMix, MultiFormation, Pixels
 from lib.match.contrastive import Contrastive
 from lib.match.curvature import CurvatureGap
 from lib.match.gradient import FeatureMean, LayerSum, RowCosine
-from lib.methods import recipes, with_fields
+from lib.methods import recipes
 from lib.methods.dc import LOOPS
 from lib.select.sampler import RandomBatches, Representative
-from lib.system.errors import CompanionError
 
 NAMES = ("dc", "dsa", "dcc", "idc", "dream", "dream_dc", "dcep", "lcmat_c")
 # of the published code of DC, which DSA, DCC and LCMat-C share; K networks
@@ -106,29 +105,17 @@ PUBLISHED = {
         ("cifar10 cifar100", (10, 50), "dsa", AS_DSA, {"distance": RowCosine() + CurvatureGap(0.1, "gradvar")}),
     ],
 }  # fmt: skip
-ROWS = [
-    pytest.param(name, variant, data, ipc, judged, base | changes, id=f"{name}{variant and '-' + variant}-{data}-{ipc}")
-    for (name, variant), groups in PUBLISHED.items()
-    for names, counts, judged, base, changes in groups
-    for data in names.split()
-    for ipc in counts
-]  # fmt: skip
+ROWS = published_rows(PUBLISHED)
 
 
 @pytest.mark.parametrize(("name", "variant", "data", "ipc", "judged", "fields"), ROWS)
 def test_the_published_settings(name, variant, data, ipc, judged, fields):
-    recipe = recipes(name).named(data, ipc, variant)
-    assert {field: getattr(recipe.method, field) for field in fields} == fields
-    assert recipe.protocol == judged and recipe.protocol in PROTOCOLS
-    assert not recipe.small and recipe.source
+    check_published(name, variant, data, ipc, judged, fields)
 
 
 def test_the_table_is_complete():
     """No published row but the ones above and the other formations of DCEP, which are ours."""
-    typed = {(*case.values[:4],) for case in ROWS}
-    found = {
-        (name, row.variant, row.data, row.ipc) for name in NAMES for row in recipes(name) if not row.small
-    }
+    typed, found = typed_and_found(ROWS, NAMES)
     extra = {key for key in found - typed if key[0] != "dcep"}
     assert typed <= found and not extra
 
@@ -155,11 +142,7 @@ def test_the_networks_of_dream_and_imagenet100_take_sixteen_and_four_steps_on_re
     ("name", "data", "ipc"), [("dc", "cifar100", 50), ("dcc", "mnist", 1), ("idc", "tinyimagenet", 10), ("dcep", "svhn", 10)]
 )  # fmt: skip
 def test_what_was_not_published_is_an_error_that_lists_the_rows(name, data, ipc):
-    with pytest.raises(
-        CompanionError, match=f"no recipe for {data} IPC {ipc}; there are recipes for digits"
-    ) as caught:
-        recipes(name).named(data, ipc)
-    assert "\n" not in str(caught.value)
+    check_missing(name, data, ipc)
 
 
 def test_protocols_of_single_papers():

@@ -128,9 +128,3 @@ def name_of(method: Any) -> str:
 def title_of(name: str) -> str:
     """How figures and tables write the method of that name."""
     return METHODS[name].title if name in METHODS else name
-
-
-def with_fields(method: Any, **changes) -> Any:
-    """``dataclasses.replace`` with those changes alone whose fields the method has."""
-    names = {one.name for one in dataclasses.fields(method)}
-    return dataclasses.replace(method, **{name: value for name, value in changes.items() if name in names})
