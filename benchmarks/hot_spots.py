@@ -77,12 +77,6 @@ SIZES = {
 }
 
 
-def _real_of(train: ImageSet, n: int):
-    """Class -> n of its images, drawn class by class."""
-    indices = [(train.labels == c).nonzero().flatten() for c in range(train.num_classes)]
-    return lambda c: train.images[indices[c][torch.randperm(len(indices[c]), device=train.device)[:n]]]
-
-
 def _given(names: tuple[str, ...], omega: augment.Draw) -> reference.Augment:
     """The reference's siamese augmentation with the library's draw."""
     return lambda c, x: reference.FAMILIES[names[omega.choice[c]]](x, omega.u[c].expand(len(x), 3))
@@ -92,13 +86,6 @@ def _seeded(names: tuple[str, ...], counter) -> reference.Augment:
     """The reference's own: a new seed for every step, shared by the two calls of a class."""
     seed = next(counter)
     return lambda c, x: reference.siamese(names, 1000 * seed + c, x)
-
-
-def _pixels(state) -> tuple[Tensor, torch.optim.Optimizer]:
-    pixels = state.pixels.detach().clone().requires_grad_()
-    return pixels, torch.optim.SGD(
-        [pixels], **{key: state.optimiser.defaults[key] for key in ("lr", "momentum")}
-    )
 
 
 STEPS = 2  # of a distillation in one timed call
@@ -170,13 +157,6 @@ def matching(setting: Setting, name: str) -> HotSpot:
     return distillation(
         setting, f"{name.upper()} matching step", name, candidates(setting, method, grouped(setting))
     )
-
-
-def _compare(step, state, setting: Setting, loss: Tensor, pixels: Tensor) -> float:
-    """Largest relative difference of the loss and of the image gradient, from the same generator."""
-    result = step(state, setting.generator(2))
-    ours = result["loss"] if isinstance(result, dict) else result.sum()
-    return max(difference(ours, loss), difference(state.pixels.grad, pixels.grad))
 
 
 def _tolerances(methods: dict) -> dict[str, float]:

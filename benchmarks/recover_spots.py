@@ -75,12 +75,6 @@ def recovery(name: str, method: WMDD, data: ImageSet) -> HotSpot:
 
 
 METHOD = WMDD(iterations=3, crop=None, flip=True, roll=(0, 4), storage="float")
-RECOVER_SPOTS = {
-    f"recover-{stem.split()[0].lower()}": lambda setting, stem=stem: recovery(
-        STEMS[stem], METHOD, random_data(setting.device)
-    )
-    for stem in STEMS
-}
 
 
 def times(hot_spot: HotSpot, repeats: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from PIL import Image
 import lib.data
 from lib.data import fashion, folders, images, memory
 from lib.data.imageset import DIGITS, NATURAL
-from lib.data.subsets import CLASSES, SUBSETS, class_names, phase, positions
+from lib.data.subsets import CLASSES, SUBSETS, class_names, positions
 from lib.system.errors import CompanionError
 
 RANDOM = np.random.RandomState(0)
@@ -448,7 +448,7 @@ def test_subset_table_is_consistent():
     assert ordered == sorted(set(ordered)) and 0 <= ordered[0] and ordered[-1] < 1000
     assert positions("imagenette") == (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
     assert positions("imagenet-marine") == (148, 2, 397, 327, 33, 150, 107, 108, 119, 392)
-    assert SUBSETS["imageidc"] == phase(0, 10) and phase(9, 10) == SUBSETS["imagenet100"][90:]
+    assert SUBSETS["imageidc"] == SUBSETS["imagenet100"][:10]
 
 
 def test_subset_names_are_those_of_the_classifiers():

@@ -72,7 +72,8 @@ def test_k_means_is_the_bound_that_voronoi_weights_reach():
     bound = KMeans(6, n_init=10, random_state=0).fit(points.numpy()).inertia_ / len(points)
     uniform = ot.barycenter(points, 6, generator=generator(2))
     assert bound <= uniform.costs[-1] + 1e-9
-    weights = ot.voronoi_weights(points, uniform.atoms)
+    nearest = torch.cdist(points, uniform.atoms).argmin(1)
+    weights = torch.bincount(nearest, minlength=6).to(points) / len(points)  # of the Voronoi cells
     inertia = torch.cdist(points, uniform.atoms).min(1).values.square().mean().item()
     assert ot.transport_cost(points, uniform.atoms, weights) == pytest.approx(inertia, rel=1e-9)
     # What equal weights cost beyond that is at least nothing, and the cells' masses explain it: no other weights do better.

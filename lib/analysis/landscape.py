@@ -215,20 +215,6 @@ def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor
     return values, vectors[0].square(), torch.stack(basis[:m]).T @ vectors
 
 
-def top_eigenvalue(
-    product: Product, start: Tensor, steps: int = 100, rtol: float = 1e-3
-) -> tuple[Tensor, Tensor]:
-    """Power iteration: the eigenvalue of the largest magnitude and its unit vector ``(P,)``."""
-    v, value = start / start.norm(), torch.full((), torch.inf).to(start)
-    for _ in range(steps):
-        w = product(v)
-        before, value = value, v @ w
-        v = w / w.norm().clamp_min(torch.finfo(w.dtype).tiny)
-        if (value - before).abs() <= rtol * value.abs():
-            break
-    return value, v
-
-
 def rademacher(count: int, size: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Random signs ``(count, size)``."""
     signs = torch.randint(2, (count, size), generator=generator, device=generator.device)
@@ -305,22 +291,3 @@ def gap_bound(full: Loss, subset: Loss, theta: Tensor, rho: float, start: Tensor
     gradient, _ = slope(difference, theta)
     ritz, _, _ = lanczos(hessian_product(difference, theta), start, steps)
     return rho * gradient.norm() + rho**2 / 2 * ritz.abs().max()
-
-
-def quadratic_gap(gradient: Tensor, hessian: Tensor, rho: float) -> Tensor:
-    r"""$\max_{\lVert e\rVert=\rho}g^\top e+\frac12e^\top He$ for a dense Hessian.
-
-    Solved by $e=(\mu I-H)^{-1}g$, with $\mu>\lambda_{\max}$ found by bisection so that $\lVert e\rVert=\rho$.
-    Needs a gradient that is not orthogonal to the top eigenvectors (the generic case).
-    """
-    values, vectors = torch.linalg.eigh(hessian)
-    g = vectors.T @ gradient
-    low, high = values[-1], values[-1] + gradient.norm() / rho  # there the norm is at most rho
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if (g / (middle - values)).norm() > rho:
-            low = middle
-        else:
-            high = middle
-    e = g / (high - values)
-    return g @ e + 0.5 * (values * e.square()).sum()

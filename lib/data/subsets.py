@@ -313,8 +313,3 @@ def class_names(name: str) -> tuple[str, ...]:
 def positions(name: str) -> tuple[int, ...]:
     """For each label of a subset the output of an ImageNet-1K classifier that stands for the same class."""
     return tuple(CLASSES[synset][0] for synset in SUBSETS[name])
-
-
-def phase(p: int, n: int) -> tuple[str, ...]:
-    """The synsets of phase ``p`` when imagenet100 is worked through in phases of ``n`` classes (IDC, Minimax)."""
-    return SUBSETS["imagenet100"][n * p : n * (p + 1)]

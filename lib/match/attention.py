@@ -73,11 +73,6 @@ def mean_distance(real: Tensor, syn: Tensor, distance: str = "mse") -> Tensor:
     return choose("attention distance", distance, DISTANCES)(real.mean(1), syn.mean(1))
 
 
-def attention_distance(real: Tensor, syn: Tensor, p: float) -> Tensor:
-    r"""$\lVert\frac1n\sum_i\hat a(x_{c,i})-\frac1m\sum_j\hat a(s_{c,j})\rVert_2^2$ of one layer, ``(C,)``."""
-    return mean_distance(attention_map(real, p), attention_map(syn, p))
-
-
 @dataclass(frozen=True)
 class Attention(Distance):
     r"""DataDAM's $w\sum_{l<L}\lVert\frac1n\sum_i\hat a_l(x_{c,i})-\frac1m\sum_j\hat a_l(s_{c,j})\rVert_2^2$ at every ReLU but

@@ -194,19 +194,13 @@ def optimal_weights(
 ) -> tuple[Tensor, float]:
     """Weights of fixed atoms by mirror descent on the dual, and their cost; without ``decay`` the published schedule.
 
-    The exact optimum is the mass of the Voronoi cells (:func:`voronoi_weights`).
+    The exact optimum is the mass of the Voronoi cells: the share of the points that are nearest to each atom.
     """
     cloud = _Cloud(points.detach().double().cpu().numpy())
     weights, value = _mirror_descent(
         cloud, cloud.cost(atoms.detach().double().cpu().numpy()), steps, rate, decay
     )
     return torch.from_numpy(weights).to(points), value
-
-
-def voronoi_weights(points: Tensor, atoms: Tensor) -> Tensor:
-    """Share of the points that are nearest to each atom, ``(m,)``: the best weights of fixed atoms."""
-    nearest = torch.cdist(points, atoms).argmin(1)
-    return torch.bincount(nearest, minlength=len(atoms)).to(points) / len(points)
 
 
 def transport_cost(points: Tensor, atoms: Tensor, weights: Tensor) -> float:

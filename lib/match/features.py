@@ -5,7 +5,6 @@ Embeddings are ``(C, n, d)`` for the real and ``(C, m, d)`` for the synthetic im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +20,6 @@ def class_mean(real: Tensor, syn: Tensor) -> Tensor:
     This is the squared MMD with a linear kernel (biased form).
     """
     return (real.mean(1) - syn.mean(1)).square().sum(-1)
-
-
-def layer_means(real: Sequence[Tensor], syn: Sequence[Tensor]) -> Tensor:
-    r"""$A_{l,c}$: :func:`class_mean` of every layer's maps, unweighted, ``(L, C)`` (CAFE, arXiv 2203.01531, section 3.1).
-
-    Maps are ``(C, n, ...)`` and ``(C, m, ...)``; the distance is summed over channels and positions.
-    """
-    return torch.stack([class_mean(r.flatten(2), s.flatten(2)) for r, s in zip(real, syn, strict=True)])
 
 
 def discrimination_logits(real: Tensor, syn: Tensor) -> Tensor:

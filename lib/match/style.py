@@ -21,14 +21,8 @@ from lib.system.errors import CompanionError, choose
 EPS = 1e-5  # below the root of every standard deviation, as published
 
 
-def gram(maps: Tensor) -> Tensor:
-    r"""$\frac{1}{Khw}FF^\top$ of each image, ``(..., K, h, w) -> (..., K, K)``."""
-    flat = maps.flatten(-2)
-    return flat @ flat.transpose(-1, -2) / (flat.shape[-2] * flat.shape[-1])
-
-
 def mean_gram(maps: Tensor) -> Tensor:
-    """:func:`gram` averaged over the images, ``(C, n, K, h, w) -> (C, K, K)``, by one product and no matrix per image."""
+    r"""$\frac1n\sum_i\frac{1}{Khw}F_iF_i^\top$, ``(C, n, K, h, w) -> (C, K, K)``, by one product and no matrix per image."""
     flat = maps.transpose(1, 2).flatten(2)  # (C, K, n h w)
     return flat @ flat.transpose(1, 2) / (flat.shape[1] * flat.shape[2])
 

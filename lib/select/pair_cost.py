@@ -68,7 +68,7 @@ def gaps(full: LastLayer, subset: LastLayer) -> dict[str, Tensor]:
 def top_eigenvalue(full: LastLayer, subset: LastLayer, start: Tensor, steps: int = 100) -> Tensor:
     r"""$|\lambda_1|$ of the difference of the full Hessians of the last layer, by ``steps`` power iterations from ``start``.
 
-    start: ``(C, 1 + d)``. Nothing of the size $(C(1+d))^2$ is made; :func:`full_hessian` is the dense counterpart.
+    start: ``(C, 1 + d)``. Nothing of the size $(C(1+d))^2$ is made.
     """
     sides = [curvature.Outputs(o.inputs[None], o.logits[None], o.labels[:1]) for o in (full, subset)]
     return curvature.top_eigenvalue(*sides, start[None], steps)[0]
@@ -81,20 +81,6 @@ def gradient_variance(last: LastLayer) -> Tensor:
     """
     n = len(last)
     return last.errors.square().T @ last.inputs.square() / n - (last.errors.T @ last.inputs / n).square()
-
-
-def full_hessian(last: LastLayer) -> Tensor:
-    r"""$\frac1n\sum_i(\mathrm{diag}(p_i)-p_ip_i^\top)\otimes\tilde h_i\tilde h_i^\top$ with $\tilde h=[1;h]$.
-
-    Square with $C(1+d)$ rows. Rows and columns run over classes and, within a class, over bias and weights. Small layers only.
-    """
-    p = last.log_p.exp()
-    blocks = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]  # (n, C, C)
-    rows = [
-        torch.cat([last.inputs.T @ (weight[:, None] * last.inputs) for weight in block.T], 1)
-        for block in blocks.unbind(1)
-    ]
-    return torch.cat(rows) / len(last)
 
 
 def _loss(last: LastLayer) -> Tensor:

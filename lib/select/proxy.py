@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,9 @@ from lib.data.imageset import ImageSet
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import _Chance, predict, predict_embeddings, sgd_steps
 from lib.select.last_layer import LastLayer
-from lib.synset import read_safetensors
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError, unknown
-from lib.system.files import write_tensors
 
 FEATURES = ("proxy", "random", "pixels")
 LOOKS = 8  # at the train accuracy in an epoch, where it decides when to stop
@@ -158,34 +155,6 @@ def last_layer(network: nn.Module, data: ImageSet) -> LastLayer:
         raise CompanionError(f"the network does not fit {data.name} images {data.shape}: {what}") from error
     with torch.no_grad():
         return LastLayer(classifier(embeddings), embeddings, data.labels)
-
-
-def save_network(network: nn.Module, path: Path | str) -> Path:
-    """Write the parameters and buffers of a network to a safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_tensors(path, tensors)
-    return Path(path)
-
-
-def load_network(path: Path | str, name: str, like: ImageSet) -> nn.Module:
-    """The network ``name`` for the images of ``like``, with the weights of a file that :func:`save_network` wrote; eval mode.
-
-    Raises:
-        CompanionError: no such file, or its tensors are not those of this network on these images.
-    """
-    network, (_, tensors) = nets.make(name, like), read_safetensors(path)
-    for key, want in network.state_dict().items():
-        shape = tuple(tensors[key].shape) if key in tensors else "absent"
-        if shape != tuple(want.shape):
-            raise CompanionError(
-                f"the checkpoint {path} does not fit {name} on {like.name}: {key} is {shape}, not {tuple(want.shape)}"
-            )
-    if extra := sorted(tensors.keys() - network.state_dict().keys()):
-        raise CompanionError(
-            f"the checkpoint {path} does not fit {name} on {like.name}: it also has {extra[0]}"
-        )
-    network.load_state_dict(tensors)
-    return network.eval()
 
 
 class _Watched(Ensemble):

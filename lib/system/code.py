@@ -21,11 +21,6 @@ FILE_NAME = re.compile(r"^[\w-]+\.(?!py$)\w+$")  # a string that may name a file
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def notebook_code(path: Path) -> str:
-    """The code cells of a notebook joined as one module, notebook magics dropped."""
-    return "\n".join(line for cell in _cells(path) for line in cell.splitlines() if not _magic(line))
-
-
 def closure(paths: Iterable[Path | str], root: Path = ROOT) -> list[Path]:
     """Every file under ``lib/`` that the given Python files or notebooks import, directly or not, sorted; with the files of
     other kinds that such a module names and that lie beside it (a table, a style)."""

@@ -174,7 +174,7 @@ def ddm_style_icd(a: Arrays) -> Arrays:
     out = {}
     for l in layers:
         mean, std = style.moments(real[l][0])
-        out |= {f"gram_real_{l}": style.gram(real[l][0])}
+        out |= {f"gram_real_{l}": style.mean_gram(real[l][0].unsqueeze(1))}
         out |= {f"mean_real_{l}": mean[..., None, None], f"std_real_{l}": std[..., None, None]}
 
     def of(distance: Distance, chosen: slice = slice(None)) -> Tensor:

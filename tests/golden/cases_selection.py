@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from arrays import Arrays, t
+from dense import full_hessian, quadratic_gap
 from torch import Tensor, nn
 
 from lib.analysis import landscape
@@ -117,7 +118,7 @@ def lcmat_selection(a: Arrays) -> Arrays:
         "gradient_variance": "gradvar_l1",
     }
     out |= {f"stat_{names[name]}": value for name, value in pair_cost.gaps(last, subset).items()}
-    eigenvalues = torch.linalg.eigvalsh(pair_cost.full_hessian(last) - pair_cost.full_hessian(subset))
+    eigenvalues = torch.linalg.eigvalsh(full_hessian(last) - full_hessian(subset))
     return out | {"stat_full_hess_diff_eigs_minmax": eigenvalues[[0, -1]]}
 
 
@@ -142,7 +143,7 @@ def lcmat_landscape(a: Arrays) -> Arrays:
         "net_hessian_eigs": torch.linalg.eigvalsh(hessian),
         "slice_loss": line,
         "sam_one_step_gap": landscape.worst_gap(loss, theta, rho, none, steps=0),
-        "quadratic_worst_gap": landscape.quadratic_gap(gradient, hessian, rho),
+        "quadratic_worst_gap": quadratic_gap(gradient, hessian, rho),
         "worst_gap": landscape.worst_gap(loss, theta, rho, none),
     }
 
