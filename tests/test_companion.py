@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -55,15 +56,19 @@ def test_a_wrong_argument_is_one_line_that_names_it(begin, options, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_run_cannot_leave_its_folder(begin, monkeypatch):
+def test_a_run_cannot_leave_its_folder(begin, monkeypatch, tmp_path):
     with pytest.raises(CompanionError, match="notebook's name"):
         begin("../20_dm")
-    monkeypatch.setenv("COMPANION_RUN", "../../elsewhere")
-    with pytest.raises(CompanionError, match="leaves its folder"):
-        begin()
+    for wish in ("../../elsewhere", "cpu+x=../../../elsewhere"):
+        monkeypatch.setenv("COMPANION_RUN", wish)
+        with contextlib.suppress(CompanionError):
+            assert tmp_path in begin().results.resolve().parents
     monkeypatch.delenv("COMPANION_RUN")
-    with pytest.raises(CompanionError, match="name of an output"):
-        begin().save_table(pd.DataFrame({"a": [1]}), "../table")
+    run = begin()
+    run.save_table(pd.DataFrame({"a": [1]}), "../../table of folder:/my/data")
+    (kept,) = run.saved["tables"].values()
+    assert (tmp_path / kept["file"]).is_file()
+    assert re.fullmatch(r"results/[^/]+/20_dm/table-of-folder-my-data-[0-9a-f]{4}\.csv", kept["file"])
 
 
 def test_overrides_replace_the_cases_of_the_profile():
@@ -237,7 +242,7 @@ def test_run_json_says_where_everything_comes_from(begin, tmp_path):
     run.save_table(pd.DataFrame({"a": [1.5]}))
     run.save_set(_Set(), "dm-digits-1")
     run.finish()
-    record = json.loads((tmp_path / "results/cpu/20_dm/run.json").read_text())
+    record = json.loads((tmp_path / "results/cpu+dataset=digits+seed=2+by-hand/20_dm/run.json").read_text())
     assert (record["title"], record["claim"], record["parameters"]["seed"]) == ("DM", "Means are enough.", 2)
     assert record["cases"] == [["digits", 1]]
     assert record["config"] == {"images": [1, 2], "rate": None}  # JSON knows no infinity
@@ -257,11 +262,17 @@ class _Set:
         path.write_bytes(b"set")
 
 
-def test_the_run_folder_follows_the_environment(begin, tmp_path, monkeypatch):
-    assert begin(profile="overnight").results == tmp_path / "results/overnight/20_dm"
-    monkeypatch.setenv("COMPANION_RUN", "ipc-5")
-    run = begin()
-    assert (run.results, run.figures) == (tmp_path / "results/ipc-5/20_dm", tmp_path / "figures/ipc-5/20_dm")
+def test_the_run_folder_follows_the_parameters(begin, tmp_path, monkeypatch):
+    """What run_all.sh calls the run, where its parameters are these; else a place of its own, which the parameters name."""
+    assert begin(profile="overnight").results == tmp_path / "results/overnight+by-hand/20_dm"
+    monkeypatch.setenv("COMPANION_RUN", "cpu+ipc=5+size=16")
+    run = begin(ipc=5)
+    assert run.results == tmp_path / "results/cpu+ipc=5+size=16/20_dm"
+    assert run.figures == tmp_path / "figures/cpu+ipc=5+size=16/20_dm"
+    assert begin(ipc=2).name == "cpu+ipc=2+by-hand"
+    assert begin(ipc=5, seed=1, profile="overnight").name == "overnight+ipc=5+seed=1+by-hand"
+    monkeypatch.setenv("COMPANION_RUN", "cpu")
+    assert begin().name == "cpu" and begin(dataset="photos16").name == "cpu+dataset=photos16+by-hand"
 
 
 def test_a_read_only_results_folder_is_one_line(begin, tmp_path):
@@ -333,7 +344,7 @@ def test_the_table_survives_the_file(begin, tmp_path):
     assert (
         len(tables.read_tables(tmp_path / "results")) == 2
     )  # what another notebook copies does not count twice
-    (tmp_path / "results/cpu/20_dm/table.csv").write_text("foreign,columns\n1,2\n")
+    (tmp_path / "results/cpu+by-hand/20_dm/table.csv").write_text("foreign,columns\n1,2\n")
     assert tables.read_tables(tmp_path / "results").empty
 
 

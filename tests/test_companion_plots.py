@@ -199,7 +199,7 @@ def test_a_run_keeps_figure_caption_and_what_to_see(tmp_path, monkeypatch):
     fig = _figures()["curves"]()
     run.save_figure(fig, "loss", "The loss", see="The loss falls.", thumbnail=True)
     assert run.saved["figures"]["loss"] == {
-        "file": "figures/cpu/20_dm/loss.png",
+        "file": "figures/cpu+by-hand/20_dm/loss.png",
         "caption": "The loss",
         "see": "The loss falls.",
         "thumbnail": True,

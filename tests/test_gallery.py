@@ -45,8 +45,9 @@ def site(tmp_path_factory) -> Path:
     strict = torch.are_deterministic_algorithms_enabled()
     with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context():
         patch.setenv("COMPANION_OUT", str(root))
-        patch.delenv("COMPANION_RUN", raising=False)
+        patch.setenv("COMPANION_RUN", "cpu")
         picture = _results("20_dm", HOSTILE)
+        patch.setenv("COMPANION_RUN", "overnight")
         _results("90_leaderboard", "Side by side", profile="overnight")
     torch.use_deterministic_algorithms(strict)
     (root / "results/cpu/20_dm/executed.ipynb").write_text(_executed(picture))

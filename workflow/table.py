@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from lib.companion.profiles import run_name
 from lib.methods import METHODS
 from lib.system.errors import CompanionError, choose, unknown
 
@@ -202,9 +202,7 @@ class Request:
     @property
     def run(self) -> str:
         """Name of the folder under ``results/`` and ``figures/``: ``cpu``, or ``cpu+dataset=photos16+ipc=10``."""
-        return "+".join(
-            [self.profile, *(f"{name}={_word(value)}" for name, value in sorted(self.parameters.items()))]
-        )
+        return run_name(self.profile, self.parameters)
 
     def config(self) -> dict:
         """The request as Snakemake's config."""
@@ -228,13 +226,3 @@ def request_from(config: Mapping, table: Table) -> Request:
     """
     profile = choose("profile", config.get("profile", "cpu"), {name: name for name in table.profiles})
     return Request(profile, select(table, config.get("notebooks")), dict(config.get("parameters", {})))
-
-
-def _word(value: object) -> str:
-    """A value as part of a folder name; what does not fit there is shortened to a hash."""
-    text = str(value)
-    return (
-        text
-        if re.fullmatch(r"[A-Za-z0-9._-]{1,40}", text)
-        else hashlib.sha256(text.encode()).hexdigest()[:12]
-    )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lib.companion import provenance, shown, tables, verdicts
-from lib.companion.profiles import Profile, cases_of, profile_named
+from lib.companion.profiles import BY_HAND, CASE_PARAMETERS, Profile, cases_of, profile_named, run_name, word
 from lib.companion.verdicts import Verdict
 from lib.system.allocator import keep_large_blocks
 from lib.system.errors import CompanionError
@@ -107,7 +107,7 @@ class Run:
     parameters: dict = field(default_factory=dict)
     title: str = ""
     claim: str = ""
-    name: str = ""  # of the run: $COMPANION_RUN, else the profile's
+    name: str = ""  # of the run, as its parameters have it
     config: dict = field(default_factory=dict)
     stages: dict = field(default_factory=dict)
     judged: list[Verdict] = field(default_factory=list)
@@ -117,7 +117,7 @@ class Run:
     git: dict = field(default_factory=provenance.git_state)
 
     def __post_init__(self) -> None:
-        self.name = self.name or os.environ.get("COMPANION_RUN") or self.profile.name
+        self.name = self.name or _named(self.profile.name, self.parameters)
         self.results = inside(output_root() / "results", self.name) / self.notebook
         self.figures = inside(output_root() / "figures", self.name) / self.notebook
 
@@ -232,9 +232,7 @@ class Run:
         return path
 
     def _new(self, kind: str, folder: Path, name: str, suffix: str) -> Path:
-        if not NAME.fullmatch(name):
-            raise CompanionError(f"the name of an output is letters, digits, '_', '-' and '.', not {name!r}")
-        path = folder / f"{name}{suffix}"
+        path = folder / f"{word(name, 100)}{suffix}"  # a name may hold that of a user's data set
         self.saved[kind][name] = {"file": path.relative_to(output_root()).as_posix()}
         return path
 
@@ -316,6 +314,19 @@ class Run:
             name: entry | {"sha256": provenance.sha256(output_root() / entry["file"])}
             for name, entry in files.items()
         }
+
+
+def _named(profile: str, parameters: dict) -> str:
+    """The run's name: what ``run_all.sh`` calls it in ``$COMPANION_RUN``, if these are the parameters that it gave; a notebook that
+    somebody runs by hand, in JupyterLab or with papermill, has a place of its own and replaces nothing.
+    """
+    changed = {name: parameters.get(name) for name in CASE_PARAMETERS}
+    changed = {
+        name: value for name, value in changed.items() if value is not None and (name, value) != ("seed", 0)
+    }
+    ours, given = run_name(profile, changed).split("+"), os.environ.get("COMPANION_RUN", "").split("+")
+    cases = [part for part in given[1:] if part.split("=")[0] in CASE_PARAMETERS]
+    return "+".join(given) if [given[0], *cases] == ours else run_name(profile, changed, BY_HAND)
 
 
 def _in_notebook() -> bool:
