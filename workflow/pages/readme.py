@@ -88,9 +88,9 @@ def counts(records: dict[str, dict]) -> str:
     found = verdicts.tally(one for record in records.values() for one in record["verdicts"])
     papers = {entry.paper for entry in METHODS.values() if entry.paper}
     claims = ", ".join(f"{found[outcome]} are {outcome}" for outcome in verdicts.CLAIMS if found[outcome])
-    named, checks = (sum(found[outcome] for outcome in kind) for kind in (verdicts.CLAIMS, verdicts.CHECKS))
+    named, checks = (sum(map(found.get, kind)) for kind in (verdicts.CLAIMS, verdicts.CHECKS))
     return (
-        f"{len(METHODS)} methods of {len(papers)} papers, {len(records)} notebooks. Of {named} claims of the papers that the notebooks name, "
+        f"{len(METHODS)} methods of {len(papers)} papers, {len(records)} notebooks. Of {named} claims of the papers that they name, "
         f"{claims}; of {checks} checks (identities, costs, sanity), {found[verdicts.HOLDS]} hold. All are reported with their numbers."
     )
 
