@@ -21,6 +21,7 @@ from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, check_ipc, read_safetensors
 from lib.system.cache import digest
 from lib.system.code import code_digest
+from lib.system.device import check_default_type
 from lib.system.errors import CompanionError, check_seed
 from lib.system.files import atomic, cache_dir, write_tensors
 from lib.system.measure import Meter
@@ -86,6 +87,7 @@ def distill(
         CompanionError: ipc or seed out of range; a checkpoint of another configuration; a non-finite value (the last good state stays
             in the checkpoint, if there is one).
     """
+    check_default_type()
     ipc, seed = check_ipc(ipc, train.smallest_class), check_seed(seed)
     key = configuration_key(method, train, ipc, seed)
     stored = cache_dir() / f"{key}-{digest(sorted(snapshots))[:8]}.safetensors"

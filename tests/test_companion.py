@@ -39,6 +39,8 @@ def begin(tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"profile": "cpi"}, ["profile 'cpi'", "did you mean 'cpu'", "cpu, overnight, paper"]),
+        ({"seed": 2**32}, ["seed", "4294967296"]),
+        ({"dataset": "mnist"}, ["mnist has no small settings", "--profile paper", "fashion14"]),
         ({"dataset": "digit"}, ["dataset 'digit'", "did you mean 'digits'", "photos16"]),
         ({"ipc": 0}, ["ipc", "whole number >= 1", "not 0"]),
         ({"ipc": -3}, ["ipc", "not -3"]),

@@ -79,18 +79,28 @@ def cases_of(
     per class alone applies to every dataset of the profile.
 
     Raises:
-        CompanionError: if ``ipc`` is not a whole number >= 1 or the dataset is unknown.
+        CompanionError: if ``ipc`` is not a whole number >= 1, or the dataset is unknown or has no settings for this profile.
     """
     if ipc is not None and (isinstance(ipc, bool) or not isinstance(ipc, int) or ipc < 1):
         raise CompanionError(f"ipc (images per class) must be a whole number >= 1, not {ipc!r}")
     if dataset is not None:
         check_dataset(dataset)
+        if profile.name == "cpu" and dataset not in DEFAULT_IPCS and not dataset.startswith("folder:"):
+            raise CompanionError(published_only(dataset))
     datasets = [dataset] if dataset is not None else list(dict.fromkeys(name for name, _ in profile.cases))
     cases = []
     for name in datasets:
         usual = tuple(n for known, n in profile.cases if known == name) or DEFAULT_IPCS.get(name, OTHER_IPCS)
         cases += [(name, n) for n in ((ipc,) if ipc is not None else usual)]
     return tuple(cases)
+
+
+def published_only(dataset: str) -> str:
+    """Why a data set is refused by the profiles for laptops, in one line."""
+    return (
+        f"{dataset} has no small settings, only the published ones, which take hours to days on a CPU: use --profile paper on a GPU, "
+        f"or one of {', '.join(DEFAULT_IPCS)}, or images of at most 32 pixels and 20000 of them"
+    )
 
 
 def run_name(profile: str, changed: Mapping[str, object], *parts: str) -> str:

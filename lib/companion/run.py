@@ -25,6 +25,7 @@ from lib.system.files import ROOT, inside, write_text
 from lib.system.measure import Meter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+SEEDS = 2**32  # numpy takes no more
 STREAMS = 1_000_000  # seeds of different runs never share a generator stream
 
 
@@ -54,7 +55,7 @@ def start(
     Args:
         notebook: file name without suffix, such as ``20_dm``; names the output folders.
         profile: ``cpu``, ``overnight`` or ``paper``.
-        seed: whole number >= 0; every generator of the run derives from it.
+        seed: whole number from 0 to 2^32 - 1; every generator of the run derives from it.
         dataset, ipc: override the profile's cases (see :func:`lib.companion.profiles.cases_of`).
         device: ``cpu``, ``cuda``, ...; default the profile's.
         title, claim: heading and one-line claim of the gallery card.
@@ -67,6 +68,10 @@ def start(
 
     chosen = profile_named(profile)
     _whole("seed", seed, 0)
+    if seed >= SEEDS:
+        raise CompanionError(
+            f"seed must be below {SEEDS}, of which no two give the same stream, not {seed!r}"
+        )
     if threads is not None:
         _whole("threads", threads, 1)
     if not NAME.fullmatch(notebook):
@@ -76,7 +81,7 @@ def start(
 
     keep_large_blocks()
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
     if threads:

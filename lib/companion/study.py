@@ -16,6 +16,7 @@ import torch
 
 from lib import data as datasets
 from lib.companion import plots, tables
+from lib.companion.profiles import published_only
 from lib.companion.published import quoted
 from lib.companion.run import Run
 from lib.distill import Distilled, distill, settings_digest
@@ -78,6 +79,8 @@ class Case:
     def __init__(self, run: Run, dataset: str, ipc: int, whiten: str | None = None):
         self.run, self.dataset = run, dataset
         self.data = datasets.load(dataset, device=run.device, whiten=whiten)
+        if run.profile.name == "cpu" and not self.small:
+            raise CompanionError(published_only(dataset))
         self.ipc = check_ipc(ipc, self.data.train.smallest_class)
         names = ("cpu-small", "cpu-small-dsa") if self.small else ("dc", "dsa")
         self.plain, self.augmented = (protocol(name, self.data.train) for name in names)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lib import nets
+from lib.evaluate.alike import check_alike
 from lib.evaluate.protocol import Protocol
 from lib.evaluate.spread import Spread
 from lib.nets.ensemble import Ensemble
@@ -16,7 +17,8 @@ from lib.nets.training import predict, schedule, sgd_steps
 from lib.synset import SyntheticSet
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
-from lib.system.errors import CompanionError
+from lib.system.device import check_default_type
+from lib.system.errors import CompanionError, check_seed
 from lib.system.measure import Meter
 
 MAP_BYTES = (
@@ -69,6 +71,8 @@ def evaluate(
         data: the real data (``lib.data.Data``); only its test half is used.
         networks: per set; None: as the protocol says.
         cache: return a stored result of the same sets, data, protocol, seed and code.
+    Raises:
+        CompanionError: nothing to evaluate; a seed that is none; sets of other classes, sizes or another space than the data.
     """
     sets = [sets] if isinstance(sets, SyntheticSet) else list(sets)
     count = protocol.networks if networks is None else networks
@@ -76,6 +80,10 @@ def evaluate(
         raise CompanionError(
             f"{len(sets)} sets and {count!r} networks to evaluate: at least 1 of each is needed"
         )
+
+    seed = check_seed(seed)
+    check_default_type()
+    check_alike(sets, data.test)
 
     def compute() -> dict[str, Tensor]:
         with Meter(data.test.device) as meter:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import augment, nets
+from lib.evaluate.alike import check_alike
 from lib.evaluate.networks import MAP_BYTES, MAP_BYTES_CUDA, Evaluation, accuracy, is_balanced, network_seed
 from lib.kernels.fc import SIGMA_B, SIGMA_W
 from lib.kernels.ridge import centred_one_hot
@@ -28,7 +29,7 @@ from lib.nets.widening import FeatureNet
 from lib.synset import SyntheticSet
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
-from lib.system.errors import CompanionError, choose, whole
+from lib.system.errors import CompanionError, check_seed, choose, whole
 from lib.system.measure import Meter
 
 
@@ -217,7 +218,8 @@ def evaluate_regression(
 ) -> Evaluation:
     """Test accuracies as of :func:`lib.evaluate.evaluate`; all sets must have equal shapes."""
     sets = [sets] if isinstance(sets, SyntheticSet) else list(sets)
-    count = networks or protocol.networks
+    count, seed = networks or protocol.networks, check_seed(seed)
+    check_alike(sets, data.test)
     images = torch.stack([s.images.detach() for s in sets])
     labels = torch.stack([regression_targets(s, protocol.labels) for s in sets])
 

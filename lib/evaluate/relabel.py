@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lib import nets
 from lib.augment import views
+from lib.evaluate.alike import check_alike
 from lib.evaluate.networks import Evaluation, accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import cosine_schedule, predict, update
@@ -34,7 +35,7 @@ from lib.recover.teacher import TORCHVISION, initialise, make_teacher
 from lib.synset import SyntheticSet, read_safetensors
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
-from lib.system.errors import CompanionError, choose, unknown
+from lib.system.errors import CompanionError, check_seed, choose, unknown
 from lib.system.files import write_tensors
 from lib.system.measure import Meter
 
@@ -371,6 +372,8 @@ def evaluate_by_distillation(
         raise CompanionError(
             f"{len(sets)} sets and {count!r} networks to evaluate: at least 1 of each is needed"
         )
+    seed = check_seed(seed)
+    check_alike(sets, data.test)
     with torch.no_grad():
         outputs = teacher(sets[0].images[:1]).shape[1]
     if outputs != data.test.num_classes:

@@ -29,3 +29,15 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise CompanionError(f"device {text!r}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}")
     return device
+
+
+def check_default_type() -> None:
+    """Refuse another default type of new tensors than 32 bits, which a program may have set for itself: networks and data would not fit.
+
+    Raises:
+        CompanionError: naming the call that sets it back.
+    """
+    if torch.get_default_dtype() != torch.float32:
+        raise CompanionError(
+            f"torch's default type is {torch.get_default_dtype()}; here it must be torch.float32: torch.set_default_dtype(torch.float32)"
+        )
