@@ -34,7 +34,8 @@ def check_alike(sets: Iterable[SyntheticSet], test) -> None:
                 f"whiten={ours!r}" if ours != theirs and ours != "standardise" else "the data it was made of"
             )
             raise CompanionError(
-                f"the set lives in the space of its own {ours!r} transform, the data {test.name!r} in another ({theirs!r}): load them with {hint}"
+                f"the set lives in the space of its own {ours!r} transform, the data {test.name!r} in another ({theirs!r}): "
+                f"load them with {hint}"
             )
 
 

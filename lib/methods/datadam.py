@@ -48,7 +48,7 @@ _TABLE = DataDAM()
 _CODE = replace(_TABLE, iterations=20_000, network="convnet-d3-w128-batch", distance=attention_and_mean(1.0))
 RECIPES = Recipes(
     small("digits", _SMALL),
-    small("fashion14", replace(_SMALL, iterations=60, real_batch=32, network="convnet-d3-w32-batch")),
+    small("fashion14", replace(_SMALL, iterations=60, lr=1.0, real_batch=32, network="convnet-d3-w32-batch")),
     small("photos16 photos32", _PHOTOS),
     published("cifar10 cifar100", (1, 10, 50), _TABLE, "datadam", "hyper-parameter table"),
     published("cifar10", (100, 200, 500, 1000), replace(_TABLE, lr=10.0), "datadam", "hyper-parameter table: rate 10 from IPC 100 on"),
