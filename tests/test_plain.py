@@ -67,6 +67,11 @@ RFAD = class_of("rfad")(
 FREPO = class_of("frepo")(
     iterations=8, networks=2, online_updates=2, lr=0.01, lr_network=0.01, real_batch=20, width=4, depth=2
 )
+# a large ridge: the Hessian's condition number multiplies the rounding of 32-bit Jacobians
+RCIG = class_of("rcig")(
+    iterations=6, networks=2, online_updates=4, most_updates=3, lr=0.01, lr_network=0.01, real_batch=15, width=3, depth=2,
+    ridge=0.05, flip=False, lr_inner=1e-2, lr_solver=0.1,
+)  # fmt: skip
 QUICK = Teacher("convnet-d2-w4-batch", epochs=2, lr=0.05, batch=32, augmentation="none")
 SMALL = {"iterations": 5, "lr": 0.05, "crop": None, "storage": "float", "roll": (-1, 1), "teacher": QUICK}
 SRE2L = class_of("sre2l")(block_images=3, **SMALL)
@@ -105,6 +110,12 @@ CASES = {
         Case(FREPO),
         Case(replace(FREPO, flip=False, networks=1)),
         Case(replace(FREPO, norm=False, learn_labels=False)),
+    ],
+    "rcig": [
+        Case(RCIG),
+        Case(replace(RCIG, flip=True, solver="exact"), ipc=1),
+        Case(replace(RCIG, solver="exact", implicit=False)),
+        Case(replace(RCIG, displaced=False, softplus=0.0)),
     ],
     "sre2l": [Case(replace(SRE2L, **change)) for change in RECOVERED],
     "wmdd": [Case(replace(WMDD, **change)) for change in (*RECOVERED, {"block_images": 2})],

@@ -16,7 +16,7 @@ from lib.methods import recipes
 from lib.recover.teacher import Teacher
 from lib.system.errors import CompanionError
 
-TABLES = ("krr", "kip", "conv_kip", "rfad", "frepo", "sre2l", "wmdd")
+TABLES = ("krr", "kip", "conv_kip", "rfad", "frepo", "rcig", "sre2l", "wmdd")
 ALL = [(name, row) for name in TABLES for row in recipes(name)]
 KERNEL = {"own-ridge", "own-kernel"}  # judged by their own regression (lib.evaluate.kernel)
 
@@ -74,6 +74,18 @@ TYPED = [
     row("frepo", "tinyimagenet", (1,), "own-frepo", "zca", flip=True, depth=4),
     row("frepo", "tinyimagenet", (10,), "own-frepo", "zca", flip=False, depth=4),
     row("frepo", "imagenet", (1, 2), "own-frepo", "zca", flip=False, depth=4),
+    row("rcig", "mnist", THREE, "own-rcig", networks=30, online_updates=100, most_updates=15, lr=3e-3, lr_scale=3e-2, lr_network=5e-5,
+        real_batch=1024, ridge=5e-4, width=128, depth=3, softplus=60.0, solver="adam", solver_steps=20, iterations=10_000, flip=False),
+    row("rcig", "fashionmnist", THREE, "own-rcig", flip=False, displaced=True, implicit=True, loss="platt"),
+    row("rcig", "cifar10", (1,), "own-rcig", "zca", flip=True, iterations=15_000),
+    row("rcig", "cifar10", (10, 50), "own-rcig", "zca", flip=True, iterations=10_000),
+    row("rcig", "cifar100", TWO, "own-rcig", "zca", flip=True, iterations=10_000),
+    row("rcig", "cifar100", (50,), "own-rcig", "zca", flip=False),
+    row("rcig", "tinyimagenet", (1,), "own-rcig", "zca", flip=True, depth=4, softplus=0.0, iterations=5000, ridge=5e-4),
+    row("rcig", "tinyimagenet", (10,), "own-rcig", "zca", flip=False, depth=4, softplus=0.0),
+    row("rcig", "imagenet", (1, 2), "own-rcig", "zca", flip=False, depth=4, softplus=0.0),
+    row("rcig", "imagenette", TWO, "own-rcig", flip=True, depth=5, softplus=0.0, ridge=0.05),
+    row("rcig", "imagewoof", TWO, "own-rcig", flip=True, depth=5, softplus=0.0, ridge=0.05),
     row("sre2l", "imagenet", (10, 50, 100, 200), "own-fkd-1024", iterations=4000, lr=0.25, bn_weight=0.01, block_images=100,
         crop=0.08, flip=True, roll=(0, 32), first_multiplier=10.0, betas=(0.5, 0.9), milestone=0.0),
     row("sre2l", "imagenet", (10,), "own-fkd-1024", variant="r2000", iterations=2000),
@@ -129,6 +141,7 @@ def test_no_row_is_guessed():
         ("rfad", "cifar100", 50, ""),
         ("frepo", "tinyimagenet", 50, ""),
         ("frepo", "svhn", 1, ""),
+        ("rcig", "tinyimagenet", 50, ""),
         ("sre2l", "tinyimagenet", 10, ""),
         ("sre2l", "imagenette", 10, "CDA"),
     ):
@@ -148,7 +161,7 @@ SIDE = {"mnist": 28, "fashionmnist": 28, "svhn": 32, "cifar10": 32, "cifar100": 
 TINY = {
     "target_batch": 6, "networks": 2, "width": 4, "real_batch": 6, "batches": 1, "validation_images": 2, "validation_networks": 1,
     "teacher": Teacher("convnet-d2-w4-batch", epochs=1, batch=8, augmentation="none"), "storage": "float", "augmentation": "none",
-    "iterations": 40, "features": None,
+    "iterations": 40, "features": None, "lr_inner": 1e-4, "lr_solver": 1e-4,
 }  # fmt: skip
 
 
@@ -158,7 +171,13 @@ def test_the_first_step_of_every_published_row(name):
     seen = set()
     for found in recipes(name):
         grey = found.data in ("mnist", "fashionmnist")
-        side = 8 if name == "conv_kip" else 12 if name == "krr" else SIDE.get(found.data, 16)
+        side = (
+            8
+            if name == "conv_kip"
+            else 12
+            if name == "krr"
+            else SIDE.get(found.data, 32 if name == "rcig" else 16)
+        )
         allowed = {one.name for one in fields(found.method)}
         changes = {
             key: value

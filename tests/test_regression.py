@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from lib.evaluate.regression import (
     Regression,
     evaluate_regression,
     gaussian,
+    implicit_regression,
     own,
     regression,
     regression_targets,
@@ -95,7 +97,32 @@ def test_frepos_training_equals_a_plain_loop(toy):
     assert found.accuracy.shape == (1, 2) and found.protocol.network == "widening-d2-w4-none"
 
 
+def test_rcigs_training_equals_a_plain_loop(toy):
+    """All images and their mirror images, a warm-up and a cosine to a hundredth, the last weights."""
+    settings = implicit_regression("cifar10", 1, width=4, depth=2, steps=9, warmup=4, lr=0.01)
+    synset, g = toy_set(toy, soft=True), generator(3)
+    made = settings.trained(synset.images, synset.labels, toy.train, generator(3))
+    plain = FeatureNet(toy.train, 4, 2, norm=False)
+    plain.reset(g)
+    x, y = torch.cat([synset.images, synset.images.flip(3)]), torch.cat([synset.labels, synset.labels])
+    adam = torch.optim.Adam(plain.parameters(), lr=0.01)
+    cosine = [0.0001 + 0.0099 * (1 + math.cos(math.pi * t / 5)) / 2 for t in range(5)]
+    for rate in (0.0, 0.0025, 0.005, 0.0075, *cosine):
+        adam.param_groups[0]["lr"] = rate
+        adam.zero_grad()
+        (0.5 * (plain(x) - y).square().mean()).backward()
+        adam.step()
+    for ours, theirs in zip(made.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    with pytest.raises(CompanionError, match="warmup 9 of 9 steps; allowed: 0 to 8"):
+        replace(settings, warmup=9)
+
+
 def test_the_evaluation_that_a_recipe_names():
+    made = own("own-rcig", "cifar10", 1)
+    assert (made.steps, made.warmup, made.lr, made.mirrored, made.ema) == (1000, 500, 1e-4, True, 0.0)
+    assert own("own-rcig", "cifar10", 10).steps == own("own-rcig", "cifar100", 1).steps == 2000
+    assert not own("own-rcig", "mnist", 1).mirrored and own("own-rcig", "imagenette", 10).depth == 5
     assert own("own-rfad", "cifar10", 10) == regression("cifar10", 10)
     assert own("own-frepo", "cifar100", 50).steps == 5000 and own("own-frepo", "tinyimagenet", 1).depth == 4
     assert (
@@ -103,7 +130,7 @@ def test_the_evaluation_that_a_recipe_names():
         and own("own-frepo", "cifar10", 1).ema == 0.995
     )
     with pytest.raises(
-        CompanionError, match="unknown regression protocol 'dc'; allowed: own-frepo, own-rfad"
+        CompanionError, match="unknown regression protocol 'dc'; allowed: own-frepo, own-rcig, own-rfad"
     ):
         own("dc", "cifar10", 1)
     with pytest.raises(

@@ -37,7 +37,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        factor = _cholesky(a)
+        factor = cholesky(a)
         x = torch.cholesky_solve(b, factor)
         ctx.save_for_backward(factor, x)
         return x
@@ -59,7 +59,12 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
     return Solve.apply(a.double(), b.double()).to(b.dtype)
 
 
-def _cholesky(a: Tensor) -> Tensor:
+def cholesky(a: Tensor) -> Tensor:
+    """Lower factor of a symmetric positive definite matrix, without gradient.
+
+    Raises:
+        CompanionError: as :func:`solve`.
+    """
     factor, failed = torch.linalg.cholesky_ex(a)
     if failed or not factor.diagonal().isfinite().all():
         if not a.isfinite().all():
@@ -123,7 +128,7 @@ def platt(prediction: Tensor, labels: Tensor, log_scale: Tensor) -> Tensor:
     return F.cross_entropy(log_scale.exp() * prediction, labels.long())
 
 
-def margin(y: Tensor) -> Tensor:
-    """FRePo's label term: minus the mean over rows of min(largest - second largest entry, 1/C); y (m, C)."""
+def margin(y: Tensor, wanted: float = 1.0) -> Tensor:
+    """FRePo's label term: minus the mean over rows of min(largest - second largest entry, wanted / C); RCIG wants half; y (m, C)."""
     first, second = y.topk(2, dim=1).values.unbind(1)
-    return -(first - second).clamp_max(1 / y.shape[1]).mean()
+    return -(first - second).clamp_max(wanted / y.shape[1]).mean()

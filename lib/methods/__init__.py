@@ -49,6 +49,7 @@ METHODS = {
     "random": _entry("random real images", "", "", "80_selection", "selection:RandomReal", recipes="RANDOM"),
     "herding": _entry("herding", "Welling 2009", "", "80_selection", "selection:Herding", recipes="HERDING"),
     "k_center": _entry("k-center", "Sener & Savarese 2018", "1708.00489", "80_selection", "selection:KCenter", recipes="K_CENTER"),
+    "rcig": _entry("RCIG", "Loo et al. 2023", "2302.06755", "11_rcig", "rcig:RCIG"),
     "dc": _entry("DC", "Zhao et al. 2021", "2006.05929", "12_dc", "dc:DC"),
     "dsa": _entry("DSA", "Zhao & Bilen 2021", "2102.08259", "30_dsa", "dsa:DSA"),
     "dcc": _entry("DCC", "Lee et al. 2022", "2202.02916", "60_dcc", "dcc:DCC"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from lib.kernels import closed_form, ridge
 from lib.kernels.conv import convolutional
 from lib.kernels.fc import fully_connected
 from lib.kernels.feature_maps import Fourier, Identity, LeakyNet, conjugate_kernel, conv_features
+from lib.kernels.linearised import Inner, adam, gradient_along
+from lib.methods.rcig import RCIG, predict
+from lib.nets.tangent import TangentNet
 from lib.optim.adabelief import AdaBelief
 
 
@@ -237,6 +241,46 @@ def frepo_step(a: Arrays) -> Arrays:
     return out | {"loss": loss, "grad_x": grad_x, "grad_y": grad_y}
 
 
+def _tangent_net(a: Arrays, last_kernel: bool) -> TangentNet:
+    side, channels, classes, width, depth = a["dims"].tolist()
+    like = SimpleNamespace(size=side, channels=channels, num_classes=classes, first_padding=1)
+    net = TangentNet(like, width, depth, float(a["softplus_beta"]), last_kernel).double()
+    torch.nn.utils.vector_to_parameters(t(a["theta0"]), net.parameters())
+    return net.requires_grad_(False)
+
+
+def rcig_implicit(a: Arrays) -> Arrays:
+    net, lam, x_t = _tangent_net(a, last_kernel=True), float(a["l2"]), t(a["x_real"])
+    x, y, tau, delta = (t(a[name]).requires_grad_() for name in ("x_syn", "y_syn", "log_temp", "delta"))
+    inner = Inner.at(net, x, y, lam)
+    method = RCIG(ridge=lam / len(x), flip=False)  # its lambda is times the number of images
+    loss = method.objective(net, x, y, tau, delta, x_t, t(a["y_real"]).argmax(1))
+    *direct, g = torch.autograd.grad(loss, (x, y, tau, delta))
+    at = delta.detach()
+    v = inner.inverse(g)
+    implicit = torch.autograd.grad(-gradient_along(v, net, x, y, lam, at), (x, y))
+    v_adam, seen = adam(inner.hessian, g, 20, float(a["hinv_lr"]))
+    bare = _tangent_net(a, last_kernel=False)
+    minimiser = Inner.at(bare, x, y, lam).minimiser()
+    return {
+        "inner_loss": inner.loss(at),
+        "inner_grad_delta": inner.hessian(at) - inner.b,
+        "outer_preds": predict(net, x, y, lam, delta, x_t),
+        "outer_loss": loss,
+        "g_T": g,
+        "direct_grad_x": direct[0],
+        "direct_grad_y": direct[1],
+        "direct_grad_log_temp": direct[2],
+        "v_exact": v,
+        "implicit_grad_x": implicit[0],
+        "implicit_grad_y": implicit[1],
+        "v_adam20": v_adam,
+        "hinv_objective20": seen,
+        "ntk_krr_preds": predict(bare, x, y, lam, minimiser, x_t),
+        "features_syn_gram": inner.gram - lam * torch.eye(len(x), dtype=x.dtype),
+    }
+
+
 CASES = [
     kip_fc_kernels,
     kip_conv_kernels,
@@ -247,6 +291,7 @@ CASES = [
     rfad_zca_adabelief,
     rfad_step,
     frepo_step,
+    rcig_implicit,
 ]
 
 INPUTS = {
@@ -268,6 +313,7 @@ INPUTS = {
     "krr_kip_step": ("X", "y", "X_s", "W1", "batch_ids"),
     "rfad_zca_adabelief": ("X", "ab_grads", "ab_lr", "ab_eps"),
     "rfad_step": ("X_s", "X_t", "T", "y_s", "labels_t", "k_platt", "jitter", "m*__*"),
+    "rcig_implicit": ("dims", "softplus_beta", "l2", "log_temp", "x_*", "y_*", "theta0", "delta", "hinv_lr"),
     "frepo_step": ("W", "b", "x_proto", "y_proto", "x_target", "y_target", "use_flip", "reg"),
 }
 
@@ -305,5 +351,6 @@ TOLERANCE = {
     "krr_kip_step": (1e-8, 1e-10),
     "rfad_zca_adabelief": (1e-8, 1e-10),
     "rfad_step": (1e-9, 1e-12),
+    "rcig_implicit": (1e-8, 1e-10),
     "frepo_step": (1e-8, 1e-12),
 }
