@@ -3,6 +3,10 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+export COMPANION_CALLER=$PWD # paths on the command line are relative to where it was typed
+for name in COMPANION_DATA COMPANION_CACHE COMPANION_ENV; do
+  if [[ -n ${!name-} && ${!name} != /* ]]; then export "$name=$PWD/${!name}"; fi
+done
 cd "$root"
 
 env_dir=${COMPANION_ENV:-$root/.venv}

@@ -6,3 +6,5 @@ $$\min_{\mathcal S}\ \mathbb E_{\theta}\ d\big(\mathcal A_\omega(\mathcal S),\ \
 ``lib.data`` is T, ``lib.nets`` is theta, ``lib.augment`` is A, ``lib.synset`` is S, ``lib.match`` is d, ``lib.methods`` says
 which of these are put together how (one file per paper), ``lib.evaluate`` is the second half.
 """
+
+__version__ = "0.1.0"  # as in pyproject.toml

@@ -276,6 +276,22 @@ def test_own_folder_without_a_test_half(tmp_path):
     refused(lambda: lib.data.load(f"folder:{tmp_path}"), "single", "at least two")
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    make_folder(tmp_path, ("",), ("bus", "car", "train"), n=6)
+    assert lib.data.load(f"folder:{tmp_path}").train.classes == ("bus", "car", "train")
+
+
+def test_one_level_too_high_is_said(tmp_path):
+    make_folder(tmp_path / "archive", ("",), ("a", "b"), n=4)
+    refused(
+        lambda: lib.data.load(f"folder:{tmp_path}"),
+        "one class folder, 'archive'",
+        f"folder:{tmp_path / 'archive'}",
+    )
+    save(tmp_path / "alone" / "only" / "x.png")
+    refused(lambda: lib.data.load(f"folder:{tmp_path / 'alone'}"), "one class folder, 'only'", "at least two")
+
+
 def test_grey_folder_has_one_channel(tmp_path):
     make_folder(tmp_path / "grey", mode="L", size=28)
     data = lib.data.load(f"folder:{tmp_path / 'grey'}")

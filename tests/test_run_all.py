@@ -543,6 +543,19 @@ def test_ambiguous_beginning_and_missing_notebook(project, monkeypatch):
         command.request_of(command.arguments(["run", "--only", "11"]), rows)
 
 
+def test_a_folder_is_looked_for_where_the_command_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "pets").mkdir()
+    monkeypatch.setenv("COMPANION_CALLER", str(tmp_path))
+    words = ["run", "--only", "20_dm", "--dataset", "folder:pets"]
+    request = command.request_of(command.arguments(words), table.load(ROOT))
+    assert request.parameters == {"dataset": f"folder:{tmp_path}/pets"}
+    assert re.fullmatch(r"cpu\+dataset=folder-[a-zA-Z0-9._-]+-[0-9a-f]{4}", request.run)
+    with pytest.raises(CompanionError, match=f"no folder {tmp_path}/cats"):
+        command.request_of(command.arguments([*words[:-1], "folder:cats"]), table.load(ROOT))
+    with pytest.raises(CompanionError, match="mnist has no small settings"):
+        command.request_of(command.arguments([*words[:-1], "mnist"]), table.load(ROOT))
+
+
 def test_unknown_dataset_is_refused_before_anything_runs():
     with pytest.raises(CompanionError, match="unknown dataset 'digit'.*digits"):
         command.request_of(

@@ -68,13 +68,29 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
         if not equals:
             raise CompanionError(f"-p takes NAME=VALUE, not {text!r}")
         pairs.append((name, value))
+    pairs = [(name, located(value) if name == "dataset" else value) for name, value in pairs]
     known = {name: parameters_of(ROOT / "notebooks" / f"{name}.ipynb") for name in chosen}
     parameters = check_parameters(pairs, known, strict=given.only is not None)
-    if given.dataset is not None:
-        import lib.data
+    if "dataset" in parameters:
+        from lib.companion.profiles import cases_of, profile_named
 
-        lib.data.check(given.dataset)
+        cases_of(profile_named(given.profile), parameters["dataset"])
     return Request(given.profile, chosen, parameters)
+
+
+def located(dataset: str) -> str:
+    """``folder:pets`` as an absolute path: relative ones start where the command was typed.
+
+    Raises:
+        CompanionError: there is no such folder.
+    """
+    kind, _, name = dataset.partition(":")
+    if kind != "folder" or not name:
+        return dataset
+    path = Path(os.environ.get("COMPANION_CALLER", "."), Path(name).expanduser()).resolve()
+    if not path.is_dir():
+        raise CompanionError(f"dataset {dataset!r}: there is no folder {path}")
+    return f"folder:{path}"
 
 
 # ------------------------------------------------------------------ Snakemake

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from lib.companion.profiles import run_name
 from lib.methods import METHODS
 from lib.system.errors import CompanionError, choose, unknown
+from lib.system.naming import run_name
 
 RESOURCES = ("cpus", "mem_mb", "runtime", "gpu")
 

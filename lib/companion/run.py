@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from lib.companion import provenance, shown, tables, verdicts
-from lib.companion.profiles import BY_HAND, CASE_PARAMETERS, Profile, cases_of, profile_named, run_name, word
+from lib.companion.profiles import Profile, cases_of, profile_named
 from lib.companion.verdicts import Verdict
 from lib.system.allocator import keep_large_blocks
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, inside, write_text
 from lib.system.measure import Meter
+from lib.system.naming import BY_HAND, CASE_PARAMETERS, run_name, word
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SEEDS = 2**32  # numpy takes no more

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.data.images import WORKERS, common_form, decode_all, files_below, visible
+from lib.data.images import SUFFIXES, WORKERS, common_form, decode_all, files_below, visible
 from lib.data.imageset import NATURAL
 from lib.data.memory import check_fits
 from lib.data.source import Source, channel_statistics
@@ -132,8 +132,22 @@ def _own(base: Path) -> Listing:
         reason = "is not a folder" if base.exists() else "does not exist"
         raise CompanionError(f"{base} {reason}; expected {base}/train/<class>/*.png or {base}/<class>/*.png")
     name = PREFIX + base.resolve().name
-    train = base / "train" if (base / "train").is_dir() else base
+    # a class may be called train: the half of that name holds class folders, not images
+    halves = (base / "train").is_dir() and not _holds_images(base / "train")
+    train = base / "train" if halves else base
     classes = _class_folders(train)
+    if len(classes) == 1:
+        deeper = [
+            folder for folder in (train / classes[0]).iterdir() if folder.is_dir() and visible([folder.name])
+        ]
+        hint = (
+            f"; did you mean {PREFIX}{train / classes[0]}, which has {len(deeper)} folders?"
+            if len(deeper) > 1
+            else ""
+        )
+        raise CompanionError(
+            f"{train} has one class folder, {classes[0]!r}; at least two classes are needed{hint}"
+        )
     found = (
         next((base / half for half in TEST_NAMES if (base / half).is_dir()), None) if train != base else None
     )
@@ -156,6 +170,12 @@ def _below(root: Path, name: str, folders: tuple[str, ...]) -> Path:
             return place
     page = PAGES.get(name, PAGES["imagenet"])
     raise CompanionError(f"{name} is not in {root} (no train folder in {places[0]}); get it from {page}")
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(
+        Path(name).suffix.lower() in SUFFIXES for name in visible(entry.name for entry in folder.iterdir())
+    )
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
