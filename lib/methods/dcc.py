@@ -82,7 +82,7 @@ class DCC(DC):
 _PAPER = DCC()
 # a quarter of the steps is warm-up, as published
 _DIGITS = DCC(outer=4, real_batch=32, network="convnet-d2-w32", warm_outer=1)
-_FASHION = replace(_DIGITS, network="convnet-d3-w32")
+_FASHION = replace(_DIGITS, lr=0.4, network="convnet-d3-w32")
 _PHOTOS = DCC(outer=2, inner=4, epochs=5, real_batch=32, network="convnet-d3-w32", warm_outer=1, warm_inner=2)
 _COMMANDS = "section 5 and the published commands"
 

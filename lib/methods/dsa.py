@@ -26,7 +26,7 @@ class DSA(dc.DC):
 
 _PAPER = DSA()
 _DIGITS = DSA(real_batch=64, network="convnet-d2-w32", outer=120)
-_FASHION = DSA(real_batch=32, network="convnet-d3-w32", outer=40)
+_FASHION = DSA(real_batch=32, network="convnet-d3-w32", outer=40, lr=1.0)
 _PHOTOS = DSA(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5)
 RECIPES = Recipes(
     small("digits", _DIGITS),

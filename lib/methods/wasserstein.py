@@ -51,7 +51,7 @@ RECIPES = Recipes(
     ),
     small(
         "fashion14",
-        WassersteinDM(iterations=80, real_batch=32, network="convnet-d3-w32", augmentation="none"),
+        WassersteinDM(iterations=80, lr=3.0, real_batch=32, network="convnet-d3-w32", augmentation="none"),
     ),
     small(
         "photos16 photos32", WassersteinDM(iterations=200, lr=0.3, real_batch=64, network="convnet-d3-w32")
