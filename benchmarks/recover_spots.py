@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import REFERENCE, HotSpot, assert_equal
-from lib import nets
 from lib.data.imageset import ImageSet
 from lib.data.whitening import Standardise
 from lib.match import barycenter as ot
@@ -42,7 +41,7 @@ def random_data(device: torch.device | str = "cpu", side: int = SIDE) -> ImageSe
 def network_of(name: str, data: ImageSet) -> nn.Module:
     """A ResNet whose running statistics are those of the data."""
     generator = torch.Generator(data.device).manual_seed(1)
-    network = nets.initialise(teachers.make_teacher(name, data), generator).train()
+    network = teachers.drawn(name, data, generator).train()
     with torch.no_grad():
         for _ in range(3):
             network(data.images[:: len(data) // 20])

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -541,3 +542,75 @@ def test_stream_options(streamed):
     torch.testing.assert_close(plain.transform.mean, torch.tensor([0.485, 0.456, 0.406]))
     refused(lambda: lib.data.stream(name, size=8, channels=2), "channels", "1", "3")
     assert lib.data.stream(name, size=8, channels=1).images(torch.tensor([0])).shape == (1, 1, 8, 8)
+
+
+# --- what evaluation and training of ImageNet classifiers see
+
+
+@pytest.fixture
+def oblong(tmp_path):
+    """A class of one wide, one tall and one square image, as PNG."""
+    generator = np.random.RandomState(0)
+    for k, (width, height) in enumerate(((61, 40), (33, 70), (48, 48))):
+        path = tmp_path / "pets" / "train" / "cat" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.randint(0, 256, (height, width, 3)).astype(np.uint8)).save(path)
+    shutil.copytree(tmp_path / "pets" / "train", tmp_path / "pets" / "test")
+    return lib.data.stream(f"folder:{tmp_path / 'pets'}", size=28, resize=32)
+
+
+def test_stream_resizes_and_crops_as_torchvision(oblong):
+    from torchvision import transforms
+
+    seen = transforms.Compose(
+        [transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(),
+         transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )  # fmt: skip
+    wanted = torch.stack([seen(Image.open(path)) for path in oblong.paths])
+    torch.testing.assert_close(oblong.images(torch.arange(3)), wanted)
+    plain = lib.data.stream(f"folder:{oblong.paths[0].parents[2]}", size=28)
+    assert not torch.equal(plain.images(torch.arange(3)), oblong.images(torch.arange(3)))
+    refused(
+        lambda: lib.data.stream(f"folder:{oblong.paths[0].parents[2]}", size=28, resize=20),
+        "resize 20 is smaller than size 28",
+    )
+
+
+def test_random_crops_are_cut_from_the_whole_file(oblong):
+    """Box by box as torchvision's resized_crop on the file, and some of them reach what a centre square leaves out."""
+    from torchvision.transforms import functional
+
+    from lib.augment.views import Crops
+
+    rows = torch.arange(3).repeat(20)
+    crops = Crops.draw(torch.full((60,), 0.08), seeded(), flip=True)
+    ((x, labels),) = oblong.in_turn([rows], [crops])
+    assert x.shape == (60, 3, 28, 28) and labels.tolist() == [0] * 60
+    outside = 0
+    for k, i in enumerate(rows.tolist()):
+        image = Image.open(oblong.paths[i])
+        top, left, height, width = crops.box(k, image.height, image.width)
+        assert 0 <= top <= image.height - height and 0 <= left <= image.width - width
+        outside += left < (image.width - image.height) / 2
+        seen = functional.to_tensor(functional.resized_crop(image, top, left, height, width, [28, 28]))
+        seen = seen.flip(2) if crops.flips[k] else seen
+        torch.testing.assert_close(oblong.transform.inverse(x[k]), seen, rtol=0, atol=1e-6)
+    assert outside > 5 and 10 < int(crops.flips.sum()) < 50
+
+
+def test_crops_of_oblong_images_follow_torchvisions_law():
+    """Share of the area uniform, ratios within bounds, corners everywhere; where no try fits, the largest centred box."""
+    from torchvision.transforms import RandomResizedCrop
+
+    from lib.augment.views import RATIO, Crops
+
+    crops = Crops.draw(torch.full((4000,), 0.08), seeded())
+    boxes = crops.boxes(torch.tensor([[80, 120]]).expand(4000, 2)).double()
+    torch.manual_seed(0)
+    theirs = [RandomResizedCrop.get_params(torch.zeros(3, 80, 120), (0.08, 1), RATIO) for _ in range(4000)]
+    theirs = torch.tensor(theirs).double()
+    error = 4 * (boxes.var(0) / 4000 + theirs.var(0) / 4000).sqrt()
+    assert ((boxes.mean(0) - theirs.mean(0)).abs() < error).all()
+    assert ((boxes.std(0) / theirs.std(0) - 1).abs() < 0.1).all()
+    strip = Crops.draw(torch.ones(5), seeded()).boxes(torch.tensor([[10, 100]]).expand(5, 2))
+    assert strip.tolist() == [[0, 43, 10, 13]] * 5

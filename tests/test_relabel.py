@@ -14,6 +14,8 @@ from lib.evaluate import relabel
 from lib.evaluate.relabel import FKD
 from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, class_major
+from lib.system.arithmetic import PLAIN, Arithmetic
+from lib.system.checkpoint import Checkpoint
 from lib.system.errors import CompanionError
 
 QUICK = FKD(network="convnet-d2-w8", epochs=4, batch=5, lr=3e-3, crop=0.3, temperature=4.0, networks=2)
@@ -192,6 +194,104 @@ def test_evaluation_teaches_the_classes_and_is_cached(data, monkeypatch):
     assert torch.equal(again.accuracy, found.accuracy)
     with pytest.raises(pytest.fail.Exception):
         relabel.evaluate_by_distillation(sets, data, replace(protocol, temperature=5.0), teacher, cache=True)
+
+
+# -- kept on the way, other numbers, hard labels ------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 12])
+def test_an_interrupted_training_ends_with_the_same_bits(data, tmp_path, monkeypatch, step, hard):
+    """Killed right after any step, with a checkpoint after every second one; dropout draws from PyTorch's own generator."""
+    made = replace(some_set(data), weights=torch.linspace(0.5, 2, 12))
+    teacher = None if hard else teacher_of(data)
+    protocol = replace(QUICK, network="vit-d1-w16")
+
+    def train(checkpoint=None):
+        torch.manual_seed(1)
+        networks = Ensemble.make(protocol.network, data.test, [generator(1)])
+        looks = []
+        loss = relabel.train_by_distillation(
+            networks, made, teacher, protocol, checkpoint, after_epoch=looks.append
+        )
+        return networks.parameters | networks.buffers | {"loss": loss}, looks
+
+    whole, looks = train()
+    assert looks == [1, 2, 3, 4]
+    checkpoint = Checkpoint(tmp_path / "training", "key", seconds=0)
+    after, steps = Checkpoint.after, []
+
+    def interrupted(self, training):
+        steps.append(1)
+        self.seconds = 0 if len(steps) % 2 else 1e9
+        after(self, training)
+        if len(steps) == step:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "after", interrupted)
+    with pytest.raises(Killed):
+        train(checkpoint)
+    monkeypatch.setattr(Checkpoint, "after", after)
+    torch.rand(7)  # the process has drawn something else meanwhile
+    found, looks = train(Checkpoint(tmp_path / "training", "key"))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert looks[-1] == 4 and (len(looks) < 4) == (step > 4)
+    other, looks = train(Checkpoint(tmp_path / "training", "another key"))
+    assert looks == [1, 2, 3, 4] and torch.equal(other["loss"], whole["loss"])
+
+
+def test_hard_targets_are_shares_of_pixels():
+    labels = torch.tensor([0, 1, 2, 0])
+    view = relabel.View(
+        torch.tensor([3, 1, 2]),
+        None,
+        torch.zeros(3, dtype=torch.bool),
+        torch.tensor([1, 0, 2]),
+        0.3,
+        (1, 0, 3, 4),
+    )
+    cut = relabel.hard_targets(labels, 3, view, "cutmix", 4)  # half of the pixels are the partner's
+    assert torch.equal(cut, torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]))
+    mixed = relabel.hard_targets(labels, 3, view, "mixup", 4)
+    assert torch.allclose(mixed[0], torch.tensor([0.3, 0.7, 0])) and torch.allclose(
+        mixed.sum(1), torch.ones(3)
+    )
+    assert torch.equal(relabel.hard_targets(labels, 3, view, "none", 4).argmax(1), torch.tensor([0, 1, 2]))
+
+
+def test_hard_labels_teach_the_classes(data):
+    networks = Ensemble.make(QUICK.network, data.test, [generator(1)])
+    relabel.train_by_distillation(networks, some_set(data, 8), None, replace(QUICK, epochs=40, crop=None))
+    found = networks.train(False)(data.test.images.unsqueeze(0))[0].argmax(1) == data.test.labels
+    assert found.float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", ["convnet-d2-w8", "resnet18-w4-batch"])
+def test_other_arithmetic_is_close_and_the_default_is_none(name):
+    data = toy_data(channels=3, size=32)
+    made, teacher = some_set(data), teacher_of(data)
+    outputs = {}
+    for arithmetic in (None, PLAIN, Arithmetic(channels_last=True), Arithmetic("bfloat16", True)):
+        networks = relabel.fresh_networks(name, data.test, [generator(1)])
+        given = {} if arithmetic is None else {"arithmetic": arithmetic}
+        relabel.train_by_distillation(networks, made, teacher, replace(QUICK, epochs=1, lr=1e-4), **given)
+        outputs[arithmetic] = networks.train(False)(data.test.images[:20].unsqueeze(0)).detach()
+        assert outputs[arithmetic].dtype == torch.float32
+        assert all(p.dtype == torch.float32 for p in networks.parameters.values())
+    assert torch.equal(outputs[None], outputs[PLAIN])
+    assert torch.equal(outputs[PLAIN], outputs[Arithmetic(channels_last=True)])  # of GPUs only
+    wanted = outputs[PLAIN]
+    gap = (outputs[Arithmetic("bfloat16", True)] - wanted).norm() / wanted.norm()
+    assert 0 < gap < 0.2
+
+
+def test_unknown_precision():
+    with pytest.raises(CompanionError, match="unknown precision 'fp16'.*allowed: bfloat16, float32"):
+        Arithmetic("fp16")
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------------

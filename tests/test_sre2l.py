@@ -18,6 +18,8 @@ from lib.methods.sre2l import SRe2L
 from lib.recover import blocks as recover
 from lib.recover import teacher as teachers
 from lib.recover.teacher import Teacher
+from lib.system.arithmetic import PLAIN, Arithmetic
+from lib.system.checkpoint import Checkpoint
 from lib.system.errors import CompanionError
 
 QUICK = Teacher("convnet-d2-w4-batch", epochs=2, lr=0.05, batch=32, augmentation="none")
@@ -227,9 +229,108 @@ def test_a_teacher_learns_is_frozen_and_is_found_again(toy, monkeypatch):
 def test_augmented_training_is_repeatable(toy, augmentation):
     recipe = replace(QUICK, augmentation=augmentation)
     x = toy.train.images[:7]
-    a, b = (teachers.augmented(x, augmentation, generator(3)) for _ in range(2))
+    whole, rows = [torch.arange(7)], slice(None)
+    (a, _), (b, _) = (
+        next(iter(teachers.shown(toy.train, recipe, whole, range(1), rows, 0.5, generator(3))))
+        for _ in range(2)
+    )
     assert torch.equal(a, b) and a.shape == x.shape and not torch.equal(a, x)
     assert teachers.train_teacher(recipe, toy.train)(x).isfinite().all()
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
+@pytest.mark.parametrize("augmentation", ["none", "resized", "crop_flip"])
+def test_an_interrupted_teacher_ends_with_the_same_bits(toy, tmp_path, monkeypatch, augmentation, step):
+    recipe = replace(QUICK, augmentation=augmentation, epochs=3, batch=25)
+
+    def train(checkpoint=None):
+        g = generator(4)
+        network = teachers.drawn(recipe.network, toy.train, g)
+        teachers.fit(network, recipe, toy.train, g, checkpoint=checkpoint)
+        return network.state_dict()
+
+    whole, after, steps = train(), Checkpoint.after, []
+
+    def interrupted(self, training):
+        steps.append(1)
+        self.seconds = 0 if len(steps) % 2 else 1e9
+        after(self, training)
+        if len(steps) == step:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "after", interrupted)
+    with pytest.raises(Killed):
+        train(Checkpoint(tmp_path / "training", "key"))
+    monkeypatch.setattr(Checkpoint, "after", after)
+    assert (tmp_path / "training").is_file()
+    found = train(Checkpoint(tmp_path / "training", "key"))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_damaged_checkpoint_is_no_checkpoint(toy, tmp_path):
+    recipe, path = replace(QUICK, epochs=1), tmp_path / "training"
+    path.write_bytes(b"not a checkpoint")
+    g = generator(4)
+    network = teachers.drawn(recipe.network, toy.train, g)
+    teachers.fit(network, recipe, toy.train, g, checkpoint=Checkpoint(path, "key"))
+    assert next(network.parameters()).isfinite().all()
+
+
+def test_torchvisions_networks_begin_as_torchvision_begins():
+    """The law of its constructor, from an explicit generator: convolutions normal by fan-out, other networks as their papers say."""
+    like = toy_data(3, channels=3, size=32).train
+    state = torch.get_rng_state()
+    network = teachers.drawn("torchvision-resnet18", like, generator(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    weight = network.layer1[0].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    again, other = (teachers.drawn("torchvision-resnet18", like, generator(k)) for k in (1, 2))
+    assert torch.equal(again.layer1[0].conv1.weight, weight)
+    assert not torch.equal(other.layer1[0].conv1.weight, weight)
+    mobile = teachers.drawn("torchvision-mobilenet_v3_small", like, generator(1))
+    assert mobile.classifier[-1].weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
+def test_small_vision_transformers():
+    """Parameters of DeiT-Ti and DeiT-S at 224 pixels with 1000 classes: 5.7 and 22.1 million (arXiv 2012.12877, table 1)."""
+    from types import SimpleNamespace
+
+    like = SimpleNamespace(channels=3, num_classes=1000, size=224, first_padding=1, device="meta")
+    for kind, millions in (("ti", 5.717), ("s", 22.051)):
+        network = teachers.make_teacher(f"torchvision-vit_{kind}_16", like)
+        count = sum(p.numel() for p in network.parameters())
+        assert count / 1e6 == pytest.approx(millions, abs=0.001)
+    small = toy_data(3, channels=3, size=32).train
+    assert teachers.drawn("torchvision-vit_ti_8", small, generator())(torch.zeros(2, 3, 32, 32)).shape == (
+        2,
+        3,
+    )
+    with pytest.raises(CompanionError, match="side must be a multiple of 5, not 32"):
+        teachers.make_teacher("torchvision-vit_ti_5", small)
+    with pytest.raises(CompanionError, match="unknown torchvision network 'torchvision-inception_v3'"):
+        teachers.make_teacher("torchvision-inception_v3", small)
+
+
+def test_a_teacher_in_16_bits_is_close(toy):
+    data = toy_data(3, channels=3, size=32).train
+    network = teachers.frozen(teachers.drawn("torchvision-resnet18", data, generator()))
+    x = data.images[:8].clone().requires_grad_()
+    found = {}
+    for arithmetic in (PLAIN, Arithmetic("bfloat16", True)):
+        with Watch(network, arithmetic) as watch:
+            inputs, features, logits = watch(x)
+        assert {t.dtype for t in (*inputs, features, logits)} == {torch.float32}
+        (gradient,) = torch.autograd.grad(logits.sum() + features.square().sum(), x)
+        found[arithmetic] = [*inputs, features, logits, gradient]
+    with torch.no_grad():
+        pairs = list(zip(found[PLAIN], found[Arithmetic("bfloat16", True)], strict=True))
+        gaps = [float((a - b).norm() / a.norm()) for a, b in pairs[:-1]]
+        a, b = pairs[-1]
+    assert 0 < max(gaps) < 0.05 and F.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.95
 
 
 def test_stems_of_torchvisions_networks():

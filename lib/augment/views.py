@@ -11,6 +11,7 @@ Numbers are drawn on the CPU by :func:`keyed` generators: whoever knows the key 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,26 +35,63 @@ def keyed(*key: object) -> torch.Generator:
 def crop_boxes(lowest: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """Boxes of torchvision's RandomResizedCrop in square images: (top, left, height, width) in pixels, ``(n, 4)`` int64.
 
-    The share of the area is uniform on [lowest, 1] and the logarithm of the ratio on that of :data:`RATIO`; of ten draws the
-    first that fits the image is taken, the whole image if none does.
-
     Args:
         lowest: smallest share of the area per box, ``(n,)``, in (0, 1].
     """
-    n = len(lowest)
-    u = torch.rand(n, TRIES, 2, generator=generator, dtype=torch.float64)
-    place = torch.rand(n, 2, generator=generator, dtype=torch.float64)
-    low = lowest.double().unsqueeze(1)
-    area = side**2 * (low + (1 - low) * u[..., 0])
-    ratio = torch.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * u[..., 1])
-    sides = torch.stack(
-        [(area / ratio).sqrt(), (area * ratio).sqrt()], 2
-    ).round()  # (n, tries, 2) height, width
-    fits = ((sides >= 1) & (sides <= side)).all(2)
-    first = fits.int().argmax(1)
-    box = torch.where(fits.any(1)[:, None], sides[torch.arange(n), first], torch.tensor(float(side)))
-    corner = (place * (side - box + 1)).floor().minimum(side - box)
-    return torch.cat([corner, box], 1).long()
+    return Crops.draw(lowest, generator).boxes(torch.full((len(lowest), 2), side))
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The numbers of n random resized crops, drawn before the sizes of their images are known, and who is mirrored.
+
+    Attributes:
+        lowest: smallest share of the area, ``(n,)``; u: of ten tries area and ratio, ``(n, 10, 2)``, place: of the corner,
+            ``(n, 2)``, all uniform on [0, 1]; flips: ``(n,)`` bool, or None.
+    """
+
+    lowest: Tensor
+    u: Tensor
+    place: Tensor
+    flips: Tensor | None = None
+
+    @classmethod
+    def draw(cls, lowest: Tensor, generator: torch.Generator, flip: bool = False) -> Crops:
+        n = len(lowest)
+        u = torch.rand(n, TRIES, 2, generator=generator, dtype=torch.float64)
+        place = torch.rand(n, 2, generator=generator, dtype=torch.float64)
+        return cls(lowest, u, place, torch.rand(n, generator=generator) < 0.5 if flip else None)
+
+    def __getitem__(self, rows: slice) -> Crops:
+        flips = None if self.flips is None else self.flips[rows]
+        return Crops(self.lowest[rows], self.u[rows], self.place[rows], flips)
+
+    def boxes(self, sizes: Tensor) -> Tensor:
+        """(top, left, height, width) in images of these (height, width), ``(n, 2)`` -> ``(n, 4)`` int64.
+
+        The share of the area is uniform on [lowest, 1] and the logarithm of the ratio on that of :data:`RATIO`; of ten draws the
+        first that fits the image is taken, and if none does the largest centred box with a ratio within these bounds.
+        """
+        low, sizes = self.lowest.double().unsqueeze(1), sizes.double()
+        area = sizes.prod(1, keepdim=True) * (low + (1 - low) * self.u[..., 0])
+        ratio = torch.exp(math.log(RATIO[0]) + (math.log(RATIO[1]) - math.log(RATIO[0])) * self.u[..., 1])
+        sides = torch.stack(
+            [(area / ratio).sqrt(), (area * ratio).sqrt()], 2
+        ).round()  # (n, tries, 2) height, width
+        fits = ((sides >= 1) & (sides <= sizes[:, None])).all(2)
+        tried = sides[torch.arange(len(sides)), fits.int().argmax(1)]
+        height, width = sizes.unbind(1)
+        largest = torch.stack(
+            [height.minimum((width / RATIO[0]).round()), width.minimum((height * RATIO[1]).round())], 1
+        )
+        found = fits.any(1)[:, None]
+        box = torch.where(found, tried, largest)
+        corner = (self.place * (sizes - box + 1)).floor().minimum(sizes - box)
+        return torch.cat([torch.where(found, corner, ((sizes - box) / 2).floor()), box], 1).long()
+
+    def box(self, i: int, height: int, width: int) -> list[int]:
+        """That of image i."""
+        return self[i : i + 1].boxes(torch.tensor([[height, width]]))[0].tolist()
 
 
 def crop_matrices(

@@ -103,6 +103,7 @@ def stream(
     device: str | torch.device = "cpu",
     transform: Transform | None = None,
     channels: int = 3,
+    resize: int | None = None,
 ) -> Stream:
     """One half (``train`` or ``test``) of a folder data set, decoded batch by batch.
 
@@ -111,6 +112,8 @@ def stream(
         transform: preprocessing; default ImageNet's channel normalisation. Fitting one here would need a pass over all
             files: to match a set in memory, pass its ``transform``.
         channels: 3, or 1 to read grey images.
+        resize: length to which the shorter side is scaled before the centre square of ``size`` is cut out, such as 256 for 224;
+            default: ``size``.
 
     Raises:
         CompanionError: as :func:`load`; a damaged image is named when its batch is drawn.
@@ -121,7 +124,8 @@ def stream(
             f"{name} fits in memory: use load; in batches: {', '.join(folders.NAMES)}, folder:/path"
         )
     _check_size(size)
-    return streaming.open_stream(name, _root(root), split, size, resolve_device(device), transform, channels)
+    device = resolve_device(device)
+    return streaming.open_stream(name, _root(root), split, size, device, transform, channels, resize)
 
 
 def _root(root: Path | str | None) -> Path:

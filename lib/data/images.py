@@ -18,21 +18,43 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 WORKERS = min(16, os.cpu_count() or 1)
 
 
-def decode(path: Path, size: int | None, channels: int) -> np.ndarray:
+def decode(path: Path, size: int | None, channels: int, resize: int | None = None) -> np.ndarray:
     """One image as uint8 (c, h, w); grey for 1 channel, else RGB without transparency.
 
-    With ``size`` the shorter side is scaled to it (bilinear, antialiased) and the centre square is cut out, pixel for
-    pixel as torchvision's ``Resize(size)`` and ``CenterCrop(size)`` do. Orientation tags are ignored, as there.
+    With ``size`` the shorter side is scaled to ``resize`` (None: to ``size``; bilinear, antialiased) and a centre square of ``size``
+    is cut out, pixel for pixel as torchvision's ``Resize(resize)`` and ``CenterCrop(size)`` do. Orientation tags are ignored, as there.
 
     Raises:
         CompanionError: for a file that Pillow cannot read to its end.
     """
+    return _pixels(
+        path, channels, lambda image: image if size is None else _resize_and_crop(image, size, resize or size)
+    )
 
-    def read(image) -> np.ndarray:
-        image = image.convert("L" if channels == 1 else "RGB")
-        return np.asarray(image if size is None else _resize_and_crop(image, size))
 
-    pixels = _with_image(path, read)
+def decode_crop(
+    path: Path, size: int, channels: int, box: Callable[[int, int], Sequence[int]], mirrored: bool
+) -> np.ndarray:
+    """A part of an image, cut from the whole of it and then scaled to ``size`` (bilinear, antialiased), uint8 (c, size, size).
+
+    Args:
+        box: height and width of the image -> (top, left, height, width) of the part in pixels.
+    """
+    from PIL import Image
+
+    def cut(image):
+        top, left, height, width = box(image.height, image.width)
+        part = image.crop((left, top, left + width, top + height))
+        return part.resize((size, size), Image.Resampling.BILINEAR)
+
+    pixels = _pixels(path, channels, cut)
+    return pixels[..., ::-1] if mirrored else pixels
+
+
+def _pixels(path: Path, channels: int, use: Callable) -> np.ndarray:
+    """What ``use`` makes of an image of 1 or 3 channels, as uint8 (c, h, w)."""
+    mode = "L" if channels == 1 else "RGB"
+    pixels = _with_image(path, lambda image: np.asarray(use(image.convert(mode))))
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
 
 
@@ -89,13 +111,13 @@ def _with_image(path: Path, use: Callable):
         raise CompanionError(f"cannot read the image {path}: {reason}") from error
 
 
-def _resize_and_crop(image, size: int):
+def _resize_and_crop(image, size: int, resize: int):
     from PIL import Image
 
     width, height = image.size
     short = min(width, height)
-    if short != size:
-        width, height = [size if side == short else int(size * side / short) for side in (width, height)]
+    if short != resize:
+        width, height = [resize if side == short else int(resize * side / short) for side in (width, height)]
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))

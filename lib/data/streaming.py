@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lib.data.folders import IMAGENET_MEAN, IMAGENET_STD, NAMES, SIZES, TEST_NAMES, find
-from lib.data.images import WORKERS, decode
+from lib.data.images import WORKERS, decode, decode_crop
 from lib.data.imageset import NATURAL, ImageSet, check_per_class, class_table, draw
 from lib.data.source import channel_statistics, to_unit
 from lib.data.whitening import Transform
@@ -28,8 +29,8 @@ AHEAD = 2
 class Stream:
     """Half a data set as files: N images of C classes that become tensors batch by batch.
 
-    Each image is scaled (shorter side to ``size``), centre cropped to (channels, size, size), moved to ``device`` and
-    passed through ``transform``. ``labels`` (N,) int64 and everything drawn at random stay on the CPU.
+    Each image is scaled (shorter side to ``resize``, or to ``size`` where that is None), centre cropped to (channels, size, size),
+    moved to ``device`` and passed through ``transform``. ``labels`` (N,) int64 and everything drawn at random stay on the CPU.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stream:
     device: torch.device
     augmentation: str = NATURAL
     first_padding: int = 1
+    resize: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -91,11 +93,16 @@ class Stream:
             chunks = chunks[:-1]
         yield from self.in_turn(chunks)
 
-    def in_turn(self, chunks: Iterable[Tensor]) -> Iterator[tuple]:
-        """(images, labels) on the device at each of these chunks of positions (m,); the next ones are decoded meanwhile."""
+    def in_turn(self, chunks: Iterable[Tensor], crops: Iterable | None = None) -> Iterator[tuple]:
+        """(images, labels) on the device at each of these chunks of positions (m,); the next ones are decoded meanwhile.
+
+        Args:
+            crops: for every chunk the random parts to cut from the whole images (``lib.augment.views.Crops``), instead of the
+                scaled centre.
+        """
         waiting: deque = deque()
-        for chunk in chunks:
-            waiting.append((chunk, self._submit(chunk)))
+        for chunk, crop in zip(chunks, itertools.repeat(None) if crops is None else crops, strict=False):
+            waiting.append((chunk, self._submit(chunk, crop)))
             if len(waiting) > AHEAD:
                 yield self._finish(*waiting.popleft())
         while waiting:
@@ -128,8 +135,16 @@ class Stream:
             self.first_padding,
         )
 
-    def _submit(self, indices: Tensor) -> list:
-        return [self._pool.submit(decode, self.paths[i], self.size, self.channels) for i in indices.tolist()]
+    def _submit(self, indices: Tensor, crop=None) -> list:
+        paths = [self.paths[i] for i in indices.tolist()]
+        if crop is None:
+            return [self._pool.submit(decode, path, self.size, self.channels, self.resize) for path in paths]
+        return [
+            self._pool.submit(
+                decode_crop, path, self.size, self.channels, functools.partial(crop.box, k), flip
+            )
+            for k, (path, flip) in enumerate(zip(paths, crop.flips.tolist(), strict=True))
+        ]
 
     def _collect(self, futures: list) -> Tensor:
         pixels = torch.from_numpy(np.stack([future.result() for future in futures]))
@@ -147,6 +162,7 @@ def open_stream(
     device: torch.device,
     transform: Transform | None,
     channels: int,
+    resize: int | None = None,
 ) -> Stream:
     """See :func:`lib.data.stream`."""
     if split not in ("train", *TEST_NAMES):
@@ -160,10 +176,22 @@ def open_stream(
         raise CompanionError(
             f"reading {name} in batches needs size= (pixels); usual for {NAMES[0]}: {SIZES[NAMES[0]]}"
         )
+    if resize is not None and resize < size:
+        raise CompanionError(
+            f"resize {resize} is smaller than size {size}: no square of {size} pixels can be cut from that"
+        )
     if transform is None:
         used = slice(channels) if channels == 3 else slice(0, 1)
         transform = channel_statistics(IMAGENET_MEAN[used], IMAGENET_STD[used])
     labels = torch.tensor(half.labels)
     return Stream(
-        listing.name, half.paths, labels, listing.classes, size, channels, transform.to(device), device
+        listing.name,
+        half.paths,
+        labels,
+        listing.classes,
+        size,
+        channels,
+        transform.to(device),
+        device,
+        resize=resize,
     )

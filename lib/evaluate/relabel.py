@@ -17,7 +17,7 @@ same teacher, and the bytes of the labels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,9 +31,11 @@ from lib.evaluate.alike import check_alike
 from lib.evaluate.networks import Evaluation, accuracy, is_balanced, network_seed
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import cosine_schedule, predict, update
-from lib.recover.teacher import TORCHVISION, initialise, make_teacher
+from lib.recover.teacher import TORCHVISION, drawn
 from lib.synset import SyntheticSet, read_safetensors
+from lib.system.arithmetic import PLAIN, Arithmetic
 from lib.system.cache import digest, stored
+from lib.system.checkpoint import Checkpoint, Training, Unkept, of_device
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError, check_seed, choose, unknown
 from lib.system.files import write_tensors
@@ -170,12 +172,14 @@ def apply_view(images: Tensor, view: View, mix: str) -> Tensor:
 
 
 @torch.no_grad()
-def soft_labels(teacher: nn.Module, synset: SyntheticSet, protocol: FKD, epoch: int) -> Tensor:
+def soft_labels(
+    teacher: nn.Module, synset: SyntheticSet, protocol: FKD, epoch: int, arithmetic: Arithmetic = PLAIN
+) -> Tensor:
     """The teacher's logits for all views of an epoch, ``(n, C)``, batch after batch."""
     images = synset.images
     return torch.cat(
         [
-            teacher(apply_view(images, view, protocol.mix))
+            arithmetic(teacher, apply_view(images, view, protocol.mix))
             for view in epoch_views(protocol, len(images), images.shape[-1], epoch)
         ]
     )
@@ -196,13 +200,17 @@ def label_file(folder: Path | str, epochs: range) -> Path:
     return Path(folder) / f"labels-{epochs.start:05d}-{epochs.stop:05d}.safetensors"
 
 
-def half_logits(teacher: nn.Module, synset: SyntheticSet, protocol: FKD, epochs: range) -> Tensor:
+def half_logits(
+    teacher: nn.Module, synset: SyntheticSet, protocol: FKD, epochs: range, arithmetic: Arithmetic = PLAIN
+) -> Tensor:
     """:func:`soft_labels` of a range of epochs in 16 bits, on the CPU, ``(epochs, n, C)``.
 
     Raises:
         CompanionError: a logit is beyond 16 bits.
     """
-    logits = torch.stack([soft_labels(teacher, synset, protocol, epoch).half().cpu() for epoch in epochs])
+    logits = torch.stack(
+        [soft_labels(teacher, synset, protocol, epoch, arithmetic).half().cpu() for epoch in epochs]
+    )
     if not logits.isfinite().all():
         raise CompanionError("the teacher's logits do not fit 16 bits: labels='recompute' keeps 32")
     return logits
@@ -286,47 +294,80 @@ def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.mean(-1) if weights is None else (losses * (weights / weights.mean())).mean(-1)
 
 
+def hard_targets(labels: Tensor, classes: int, view: View, mix: str, side: int) -> Tensor:
+    r"""What the mixed images of a view are by their own classes, ``(n,)`` labels -> ``(b, C)`` probabilities.
+
+    $\lambda y_i+(1-\lambda)y_{\pi(i)}$, with CutMix's $\lambda$ the share of the pixels that stay, after the box is clipped.
+    """
+    y = F.one_hot(labels[view.rows.to(labels.device)], classes).float()
+    x1, y1, x2, y2 = view.box
+    share = {"none": 1.0, "mixup": view.share, "cutmix": 1 - (x2 - x1) * (y2 - y1) / side**2}[mix]
+    return share * y + (1 - share) * y[view.partner.to(y.device)]
+
+
 def train_by_distillation(
     networks: Ensemble,
     synset: SyntheticSet,
-    teacher: nn.Module | LabelStore,
+    teacher: nn.Module | LabelStore | None,
     protocol: FKD,
+    checkpoint: Checkpoint | None = None,
+    arithmetic: Arithmetic = PLAIN,
+    after_epoch: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Train K networks on the same views of a set, in place.
 
     Args:
-        teacher: the frozen network, whose labels are computed as they are needed, or a :class:`LabelStore`.
+        teacher: the frozen network, whose labels are computed as they are needed, or a :class:`LabelStore`; None: the hard labels
+            of the set, with everything else the same: views, optimiser, epochs. The loss is then the cross-entropy.
+        checkpoint: where the training is kept and from where it goes on.
+        after_epoch: called with the number of finished epochs, for a look on the way.
     Returns:
         loss of the last batch per network, ``(K,)``.
     """
     networks.train()
     optimiser, parameters = _optimiser(networks, protocol), list(networks.parameters.values())
     rate, images = cosine_schedule(protocol.lr, protocol.epochs), synset.images.detach()
-    loss = torch.zeros(networks.size, device=images.device)
-    for epoch in range(protocol.epochs):
+    checkpoint = checkpoint or Unkept()
+    at = Training(networks.parameters | networks.buffers, optimiser, of_device(images.device))
+    checkpoint.begin(at)
+    for epoch in range(at.epoch, protocol.epochs):
+        at.new_epoch(epoch)
+        networks.train()
         known = teacher(epoch).to(images.device) if isinstance(teacher, LabelStore) else None
         for group in optimiser.param_groups:
             group["lr"] = rate(epoch)
-        done = 0
-        for view in epoch_views(protocol, len(images), images.shape[-1], epoch):
+        first = at.goes_on()
+        for b, view in enumerate(epoch_views(protocol, len(images), images.shape[-1], epoch)):
+            if b < first:
+                continue
             x = apply_view(images, view, protocol.mix)
-            if known is None:
-                with torch.no_grad():
-                    target = teacher(x)
+            outputs = arithmetic(networks, x.unsqueeze(0))
+            if teacher is None:
+                labels, side = synset.hard_labels, images.shape[-1]
+                target = hard_targets(labels, outputs.shape[-1], view, protocol.mix, side)
+                losses = -(target * outputs.log_softmax(-1)).sum(-1)
             else:
-                target = known[done : done + len(x)]
-            done += len(x)
+                if known is None:
+                    with torch.no_grad():
+                        target = arithmetic(teacher, x)
+                else:
+                    target = known[b * protocol.batch :][: len(x)]
+                losses = divergence(outputs, target, protocol.temperature)
             weights = None if synset.weights is None else synset.weights[view.rows.to(images.device)]
-            loss = weighted_mean(divergence(networks(x.unsqueeze(0)), target, protocol.temperature), weights)
+            loss = weighted_mean(losses, weights)
             update(optimiser, parameters, loss.sum())
-    return loss.detach()
+            checkpoint.kept["loss"] = loss.detach()
+            checkpoint.after(at)
+        after_epoch(epoch + 1)
+    checkpoint.end(at)
+    return checkpoint.kept["loss"]
 
 
 def fresh_networks(name: str, like, generators: Sequence[torch.Generator]) -> Ensemble:
     """One untrained network per generator, of ``lib.nets`` or torchvision's (``torchvision-resnet18``)."""
     if not name.startswith(TORCHVISION):
         return Ensemble.make(name, like, generators)
-    made = [initialise(make_teacher(name, like), name, generator) for generator in generators]
+    made = [drawn(name, like, generator) for generator in generators]
     parameters, buffers = (
         [dict(part) for part in parts]
         for parts in ((one.named_parameters() for one in made), (one.named_buffers() for one in made))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.nets.convnet import ConvNet
+from lib.system.arithmetic import PLAIN, Arithmetic, widened
 from lib.system.errors import CompanionError, unknown
 
 FORMS = ("code", "paper")
@@ -31,7 +32,8 @@ class Watch:
         CompanionError: the network has no BatchNorm layer, or no linear layer.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, arithmetic: Arithmetic = PLAIN):
+        self.arithmetic = arithmetic
         self.network, self.inputs, self.features = network, {}, None
         self.layers = batch_norms(network)
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
@@ -46,13 +48,15 @@ class Watch:
             self.hooks.append(linear[-1].register_forward_pre_hook(self._linear))
 
     def __call__(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        if self.by_taps:
-            inputs, features = self.network.look(x, "conv")
-            return inputs, features, self.network.classifier(features)
-        logits = self.network(x)
-        seen = [self.inputs[layer] for layer in self.layers], self.features, logits
+        logits = self.arithmetic(self._looked if self.by_taps else self.network, x)
+        seen = [widened(self.inputs[layer]) for layer in self.layers], widened(self.features), logits
         self.inputs, self.features = {}, None  # nothing of the graph outlives the call
         return seen
+
+    def _looked(self, x: Tensor) -> Tensor:
+        inputs, self.features = self.network.look(x, "conv")
+        self.inputs = dict(zip(self.layers, inputs, strict=True))
+        return self.network.classifier(self.features)
 
     def _norm(self, module: nn.Module, arguments: tuple) -> None:
         self.inputs[module] = arguments[0]

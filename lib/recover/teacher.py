@@ -20,13 +20,21 @@ from lib import augment, nets
 from lib.augment import views
 from lib.nets.training import cosine_schedule
 from lib.synset import read_safetensors
+from lib.system.arithmetic import PLAIN, Arithmetic
 from lib.system.cache import digest, stored
+from lib.system.checkpoint import Checkpoint, Training, Unkept, of_device
 from lib.system.code import code_digest
 from lib.system.errors import CompanionError, unknown
 from lib.system.files import write_tensors
 
 FORMAT = "distillation-companion/teacher-1"
-TORCHVISION = "torchvision-"  # names of networks with torchvision's stem, "-tiny" at the end: the one of WMDD's Tiny-ImageNet
+TORCHVISION = "torchvision-"  # names of torchvision's networks; "-tiny" behind a ResNet: the stem of WMDD's Tiny-ImageNet
+UNLIKE = ("googlenet", "inception_v3", "maxvit_t")  # more than one output in training, or one image size only
+# torchvision's VisionTransformer with 12 layers and the widths and heads of ViT-Ti and ViT-S (DeiT, arXiv 2012.12877)
+SMALL_VIT = re.compile(r"vit_(ti|s)_([1-9]\d*)")
+WIDTHS = {"ti": (192, 3), "s": (384, 6)}
+VITS = ("vit_ti_<patch>", "vit_s_<patch>")
+LOWEST = 0.08  # share of the area of a random resized crop, torchvision's default
 SYNSET = re.compile(r"n\d{8}")
 
 
@@ -69,29 +77,39 @@ def make_teacher(name: str, like) -> nn.Module:
 
     kind, tiny = name.removeprefix(TORCHVISION), name.endswith("-tiny")
     kind = kind.removesuffix("-tiny")
-    allowed = [model for model in torchvision.models.list_models() if re.fullmatch(r"resnet\d+", model)]
-    if kind not in allowed:
-        raise unknown("torchvision network", name, [TORCHVISION + model for model in allowed])
+    models = torchvision.models.list_models(module=torchvision.models)
+    small_vit = SMALL_VIT.fullmatch(kind)
+    allowed = [model for model in models if model not in UNLIKE and (not tiny or model.startswith("resnet"))]
+    if kind not in allowed and (tiny or not small_vit):
+        raise unknown("torchvision network", name, [TORCHVISION + kind for kind in (*allowed, *VITS)])
     if like.channels != 3:
         raise CompanionError(f"{name} takes 3 channels; {like.channels} is not allowed")
-    network = torchvision.models.get_model(kind, num_classes=like.num_classes)
+    if small_vit or kind.startswith("vit_"):
+        patch = int(kind.split("_")[-1])
+        if like.size % patch:
+            raise CompanionError(f"{name}: the image side must be a multiple of {patch}, not {like.size}")
+    if small_vit:
+        dim, heads = WIDTHS[small_vit[1]]
+        network = torchvision.models.VisionTransformer(
+            like.size, patch, 12, heads, dim, 4 * dim, num_classes=like.num_classes
+        )
+    else:
+        sized = {"image_size": like.size} if kind.startswith("vit_") else {}
+        network = torchvision.models.get_model(kind, num_classes=like.num_classes, **sized)
     if tiny:  # padding 3 with a 3x3 kernel is the published code's
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=2, padding=3, bias=False)
         network.maxpool = nn.Identity()
     return network.to(like.device)
 
 
-def initialise(network: nn.Module, name: str, generator: torch.Generator) -> nn.Module:
-    r"""Draw all weights anew, in place: by ``lib.nets.initialise``, and torchvision's convolutions as torchvision does, normal with
-    variance $2/fan_{out}$."""
-    nets.initialise(network, generator)
-    if name.startswith(TORCHVISION):
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(
-                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
-                )
-    return network
+def drawn(name: str, like, generator: torch.Generator) -> nn.Module:
+    """:func:`make_teacher` with weights that are a function of the generator: the law of ``lib.nets.initialise``, or torchvision's own."""
+    if not name.startswith(TORCHVISION):
+        return nets.initialise(make_teacher(name, like), generator)
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
+        torch.random.default_generator.manual_seed(seed)
+        return make_teacher(name, like)
 
 
 def the_teacher(teacher: Teacher, train) -> nn.Module:
@@ -120,7 +138,6 @@ def train_teacher(teacher: Teacher, train, generator: torch.Generator | None = N
         CompanionError: training diverged.
     """
     generator = generator or torch.Generator(train.device).manual_seed(teacher.seed)
-    network = make_teacher(teacher.network, train)
     data = getattr(train, "fingerprint", None) or digest(
         [str(path) for path in train.paths], train.labels, train.size
     )
@@ -128,11 +145,12 @@ def train_teacher(teacher: Teacher, train, generator: torch.Generator | None = N
     key = digest(asdict(teacher), data, train.device.type, start, code_digest(__name__))
 
     def compute() -> dict[str, Tensor]:
-        initialise(network, teacher.network, generator)
+        network = drawn(teacher.network, train, generator)
         fit(network, teacher, train, generator)
         return {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
 
     found = stored(f"teacher-{key}", compute)
+    network = make_teacher(teacher.network, train)
     network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in found.items()})
     return converged(network, teacher, train)
 
@@ -153,6 +171,8 @@ def fit(
     generator: torch.Generator,
     rank: int = 0,
     world: int = 1,
+    checkpoint: Checkpoint | None = None,
+    arithmetic: Arithmetic = PLAIN,
 ) -> None:
     """The training loop, in place; the network may be wrapped (DDP).
 
@@ -161,59 +181,86 @@ def fit(
 
     Args:
         train: the data, in memory or a stream, the same in every process.
+        checkpoint: where the loop is kept and from where it goes on.
     """
+    network, checkpoint = arithmetic.laid_out(network), checkpoint or Unkept()
     optimiser = torch.optim.SGD(
         network.parameters(), lr=0.0, momentum=teacher.momentum, weight_decay=teacher.weight_decay
     )
     rate, mine = cosine_schedule(teacher.lr, teacher.epochs), slice(rank, None, world)
+    at = Training(network.state_dict(), optimiser, [generator, *of_device(generator.device)])
+    checkpoint.begin(at)
     network.train()
-    for epoch in range(teacher.epochs):
+    for epoch in range(at.epoch, teacher.epochs):
+        at.new_epoch(epoch)
         for group in optimiser.param_groups:
             group["lr"] = rate(epoch)
         order = torch.randperm(len(train), generator=generator, device=generator.device)
+        drawn_once = teacher.augmentation == "resized"
+        key = torch.rand((), generator=generator, device=generator.device).item() if drawn_once else 0.0
         # the variance of a single image is 0
         whole = [rows for rows in order.split(teacher.batch) if len(rows) >= 2 * world]
-        for rows, (x, y) in zip(whole, in_turn(train, [rows[mine] for rows in whole]), strict=True):
-            logits = network(augmented(x, teacher.augmentation, generator, mine, len(rows)))
+        left = range(len(whole))[at.goes_on() :]
+        for b, (x, y) in zip(left, shown(train, teacher, whole, left, mine, key, generator), strict=True):
+            logits = arithmetic(network, x)
             if world == 1:
                 loss = F.cross_entropy(logits, y)
             else:  # DDP takes the mean over processes, whose parts of a last batch may differ by one image
-                loss = F.cross_entropy(logits, y, reduction="sum") * (world / len(rows))
+                loss = F.cross_entropy(logits, y, reduction="sum") * (world / len(whole[b]))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+            checkpoint.after(at)
 
 
-def in_turn(train, chunks: list[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+def shown(
+    train, teacher: Teacher, whole: list[Tensor], left: range, mine: slice, key: float, generator
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """(augmented images, labels) of the batches ``left`` of an epoch, of each the rows ``mine``.
+
+    Random resized crops are cut from the whole image file, and their numbers follow from ``key``, so that files can be read
+    ahead; other augmentations are drawn from ``generator`` batch by batch.
+    """
+    chunks = (whole[b][mine] for b in left)
+    if teacher.augmentation != "resized":
+        for b, (x, y) in zip(left, in_turn(train, chunks), strict=True):
+            yield augmented(x, teacher.augmentation, generator, mine, len(whole[b])), y
+        return
+    crops = (
+        views.Crops.draw(torch.full((len(whole[b]),), LOWEST), views.keyed("augment", key, b), flip=True)[
+            mine
+        ]
+        for b in left
+    )
+    if hasattr(train, "in_turn"):
+        yield from train.in_turn((chunk.cpu() for chunk in chunks), crops)
+    else:
+        for chunk, crop in zip(chunks, crops, strict=True):
+            yield resized(train.images[chunk], crop), train.labels[chunk]
+
+
+def in_turn(train, chunks: Iterable[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
     """(images, labels) at each chunk of positions, from memory or from a stream."""
     if hasattr(train, "in_turn"):
         return train.in_turn(chunk.cpu() for chunk in chunks)
     return ((train.images[chunk], train.labels[chunk]) for chunk in chunks)
 
 
-def augmented(
-    x: Tensor,
-    augmentation: str,
-    generator: torch.Generator,
-    rows: slice = slice(None),
-    total: int | None = None,
-) -> Tensor:
-    """A batch of real images as the recipe shows it to the teacher, own parameters per image.
+def resized(x: Tensor, crop: views.Crops) -> Tensor:
+    """Random resized crops and mirror images of images in memory."""
+    boxes = crop.boxes(torch.tensor(x.shape[-2:]).expand(len(x), 2)).to(x.device)
+    return views.resample(x, *views.crop_matrices(boxes, crop.flips.to(x.device), x.shape[-1], dtype=x.dtype))
+
+
+def augmented(x: Tensor, augmentation: str, generator: torch.Generator, rows: slice, total: int) -> Tensor:
+    """A batch of real images through families of ``lib.augment``, own parameters per image.
 
     Args:
         rows: those of a batch of ``total`` images that x is; parameters are drawn for all of them.
     """
-    total = len(x) if total is None else total
-    if augmentation == "resized":
-        numbers = views.keyed("augment", torch.rand((), generator=generator, device=generator.device).item())
-        boxes = views.crop_boxes(torch.full((total,), 0.08), x.shape[-1], numbers)[rows]
-        flips = (torch.rand(total, generator=numbers) < 0.5)[rows]
-        return views.resample(
-            x, *views.crop_matrices(boxes.to(x.device), flips.to(x.device), x.shape[-1], dtype=x.dtype)
-        )
     if names := augment.strategy(augmentation):
-        drawn = augment.draw(names, total, generator, mode="multiple")
-        return augment.apply(x, replace(drawn, u=drawn.u[rows]))
+        draw = augment.draw(names, total, generator, mode="multiple")
+        return augment.apply(x, replace(draw, u=draw.u[rows]))
     return x
 
 

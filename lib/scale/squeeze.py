@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.nets.convnet import ConvNet
-from lib.recover.teacher import Teacher, converged, fit, initialise, make_teacher, the_teacher
+from lib.recover.teacher import Teacher, converged, drawn, fit, the_teacher
 from lib.scale.plan import Run, open_run, real, same_data
 from lib.scale.store import done, save
 from lib.scale.units import method, unit
@@ -48,7 +48,7 @@ def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1) -> nn.M
         train: the data, the same in every process.
     """
     generator = torch.Generator(train.device).manual_seed(teacher.seed)
-    plain = initialise(make_teacher(teacher.network, train), teacher.network, generator)
+    plain = drawn(teacher.network, train, generator)
     network = plain
     if world > 1:
         fused = isinstance(
