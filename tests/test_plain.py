@@ -15,6 +15,8 @@ from lib.match.features import ClassMean
 from lib.match.style import Diversity, Gram, Moments
 from lib.methods import METHODS
 from lib.methods import method as class_of
+from lib.nets.experts import Experts
+from lib.nets.starts import Fixed, Pretrained
 from lib.nets.supply import Fresh, Queue
 from lib.plain import plain, text
 from lib.recover.teacher import Teacher
@@ -94,6 +96,28 @@ DSA = class_of("dsa")(**MATCHED)
 DCC = class_of("dcc")(**MATCHED, warm_outer=1, warm_inner=2)
 LCMAT_C = class_of("lcmat_c")(**MATCHED)
 OFTEN = Representative(every=2)
+EXPERTS = Experts(2, lr=0.05, batch=16)
+MTT = class_of("mtt")(
+    iterations=5, steps=4, lr=10.0, rate=0.05, lr_rate=1e-3, network=NET, experts=EXPERTS, expert_epochs=2
+)
+DD = class_of("dd")(
+    iterations=5, steps=2, epochs=2, rate=0.2, lr=0.05, decay_every=2, real_batch=25, networks=2, network=NET
+)
+ESP = class_of("esp")(
+    iterations=6,
+    window=3,
+    start_epochs=2,
+    reset=3,
+    eta=0.1,
+    lr=0.03,
+    real_batch=20,
+    network=NET,
+    experts=EXPERTS,
+)
+HABA = class_of("haba")(
+    iterations=5, hallucinators=3, identity=0.5, steps=4, lr=5.0, lr_hallucinators=0.1, rate=0.05, lr_rate=1e-3,
+    lr_extractor=0.01, extractor=NET, network=NET, experts=EXPERTS,
+)  # fmt: skip
 PROXY = Proxy("mlp", epochs=3, lr=0.02, batch=16)
 CHOSEN = {"proxy": PROXY, "repeats": 2, "neighbours": 3, "iterations": 4}
 # name -> cases; the settings are those that the plain version reads
@@ -116,6 +140,22 @@ CASES = {
         Case(replace(RCIG, flip=True, solver="exact"), ipc=1),
         Case(replace(RCIG, solver="exact", implicit=False)),
         Case(replace(RCIG, displaced=False, softplus=0.0)),
+    ],
+    "mtt": [
+        Case(MTT),
+        Case(replace(MTT, batch=4, augmentation="none", gradient="recompute")),
+        Case(replace(MTT, soft_labels=True, gradient="tesla", batch=4)),
+    ],
+    "dd": [
+        Case(DD, ipc=4),
+        Case(replace(DD, init="real", start=Fixed(), networks=1, gradient="recompute")),
+        Case(replace(DD, start=Pretrained(replace(EXPERTS, adam=True), epochs=2), attack=(0, 1))),
+    ],
+    "esp": [Case(ESP, atol=1e-3), Case(replace(ESP, augmentation="none"), atol=1e-4)],
+    "haba": [
+        Case(HABA),
+        Case(replace(HABA, adversary=False, hallucinators=1, gradient="recompute")),
+        Case(replace(HABA, batch=4, augmentation="none"), channels=3),
     ],
     "sre2l": [Case(replace(SRE2L, **change)) for change in RECOVERED],
     "wmdd": [Case(replace(WMDD, **change)) for change in (*RECOVERED, {"block_images": 2})],

@@ -72,6 +72,10 @@ METHODS = {
     "kip": _entry("KIP", "Nguyen et al. 2021", "2011.00050", "15_kip", "kip:KIP"),
     "conv_kip": _entry("KIP, convolutional", "Nguyen et al. 2021", "2107.13034", "16_kip_conv", "kip:ConvKIP", recipes="CONV_RECIPES"),
     "rfad": _entry("RFAD", "Loo et al. 2022", "2210.12067", "51_rfad", "rfad:RFAD"),
+    "dd": _entry("DD", "Wang et al. 2018", "1811.10959", "10_dd", "dd:DD"),
+    "mtt": _entry("MTT", "Cazenavette et al. 2022", "2203.11932", "14_mtt", "mtt:MTT"),
+    "esp": _entry("ESP", "Ma et al. 2023", "", "50_esp", "esp:ESP", reconstruction=True),
+    "haba": _entry("HaBa", "Liu et al. 2022", "2210.16774", "45_haba", "haba:HaBa"),
     "frepo": _entry("FRePo", "Zhou et al. 2022", "2206.00719", "52_frepo", "frepo:FRePo"),
 } | {
     rule: _entry(title, paper, "", "80_selection", "selection:Coreset", fields={"rule": rule}, recipes="CORESETS")

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from lib import augment
+from lib import augment, nets
 from lib.augment import views
 from lib.nets.convnet import ConvNet
 from lib.system.errors import unknown
@@ -180,6 +181,96 @@ def learn(
         for weight, step in zip(weights, steps, strict=True):
             weight.grad = step
         learner.step()
+
+
+def experts(p, train) -> list[list[list[Tensor]]]:
+    r"""MTT's buffer: $\theta^*_t$ of expert k, a list of weights, after t = 0, 1, .. epochs on the real images, as far as it is read."""
+    recorded, e = [], p.experts
+    for g in e.generators(train.device):
+        network = nets.make(p.network, train, g)
+        weights = list(network.parameters())
+        trajectory = [[w.detach().clone() for w in weights]]  # copies: the weights go on in place
+        per_epoch = -(-len(train) // e.batch)
+        names = augment.families(e.augmentation, train)
+        for i, (rows, A, _) in enumerate(batches(len(train), e.batch, p.reach, g, names)):
+            loss = F.cross_entropy(network(A(train.images[rows])), train.labels[rows])
+            steps = torch.autograd.grad(loss, weights, materialize_grads=True)
+            with torch.no_grad():
+                for w, step in zip(weights, steps, strict=True):
+                    w -= e.lr * step
+            if (i + 1) % per_epoch == 0:
+                trajectory.append([w.detach().clone() for w in weights])
+        recorded.append(trajectory)
+    return recorded
+
+
+def at(network: nn.Module, theta: list[Tensor], x: Tensor) -> Tensor:
+    r"""Logits of the network with weights $\theta$ in the place of its own."""
+    names = [name for name, _ in network.named_parameters()]
+    return functional_call(network, dict(zip(names, theta, strict=True)), (x,))
+
+
+def parts(network: nn.Module, vector: Tensor) -> list[Tensor]:
+    """A vector of all weights as the list of the network's."""
+    shapes = [w.shape for w in network.parameters()]
+    pieces = vector.split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def initial_weights(network: nn.Module, p, kept: Tensor | None, g: torch.Generator) -> list[list[Tensor]]:
+    """DD's networks at their start, each a list of weights that carry gradients."""
+    thetas = p.start.draw(network, kept, p.networks, g)
+    return [[part.requires_grad_() for part in parts(network, theta)] for theta in thetas]
+
+
+def independent(images: Tensor, names: tuple[str, ...], g: torch.Generator) -> Tensor:
+    r"""$\mathcal A$: one family for the batch, and parameters of its own for every image."""
+    return augment.apply(images, augment.draw(names, 1, g, rows=len(images))) if names else images
+
+
+def descent(*parts) -> Callable[[Tensor], None]:
+    """One step of SGD down a loss, in place: for lists of tensors, each followed by its rate and its momentum."""
+    triples = [parts[i : i + 3] for i in range(0, len(parts), 3)]
+    groups = [{"params": list(tensors), "lr": eta, "momentum": beta} for tensors, eta, beta in triples]
+    learned = [tensor.requires_grad_() for group in groups for tensor in group["params"]]
+    sgd = torch.optim.SGD(groups)
+
+    def step(loss: Tensor) -> None:
+        steps = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
+        for tensor, gradient in zip(learned, steps, strict=True):
+            tensor.grad = gradient
+        sgd.step()
+
+    return step
+
+
+def squared(A: list[Tensor], B: list[Tensor]) -> Tensor:
+    """Squared distance of two lists of weights."""
+    return sum((a - b).square().sum() for a, b in zip(A, B, strict=True))
+
+
+def first_hallucinators(p, train, g: torch.Generator) -> list[Tensor]:
+    """HaBa's numbers at the start: convolutions (weights, biases), scales, shifts and transposed convolutions of all hallucinators."""
+    m, (c, h, w), a = p.hallucinators, train.shape, p.identity
+    eye = torch.zeros(c, c, 3, 3)
+    eye[range(c), range(c), 1, 1] = a
+
+    def law(*size):
+        return (1 - a) * (2 * torch.rand(m, *size, generator=g) - 1) / (9 * c) ** 0.5
+
+    W, b, V, d = eye + law(c, c, 3, 3), law(c), eye + law(c, c, 3, 3), law(c)
+    return [W, b, torch.ones(m, c, h - 2, w - 2), torch.zeros(m, c, h - 2, w - 2), V, d]
+
+
+def supcon(e0: Tensor, e1: Tensor, labels: Tensor, T: float) -> Tensor:
+    """SupCon: the log share of every row's own class among all other rows, averaged."""
+    e, y = F.normalize(torch.cat([e0, e1])), torch.cat([labels, labels])
+    total = 0
+    for i in range(len(e)):
+        others = torch.arange(len(e)) != i
+        share = (e[others] @ e[i] / T).log_softmax(0)
+        total = total - share[y[others] == y[i]].mean() / len(e)
+    return total
 
 
 def mosaic(images: Tensor, mode: str) -> Tensor:

@@ -234,7 +234,9 @@ def sentence(path: Path) -> str:
 
 
 def linked(notebook: str) -> str:
-    return f"[{notebook}](notebooks/{notebook}.ipynb)"
+    """A link to a notebook; nothing while a method has none."""
+    there = (ROOT / "notebooks" / f"{notebook}.ipynb").is_file()
+    return f"[{notebook}](notebooks/{notebook}.ipynb)" if there else ""
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
