@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import toy_data
+from helpers import toy_data, with_fields
 
 from lib.distill import distill
 from lib.evaluate.protocol import PROTOCOLS
-from lib.methods import recipes, with_fields
+from lib.methods import recipes
 from lib.nets.experts import Experts
 from lib.nets.starts import Fixed, Pretrained, Random
 from lib.system.errors import CompanionError

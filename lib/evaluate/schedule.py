@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lib import nets
+from lib.evaluate.alike import check_alike
 from lib.evaluate.networks import Evaluation, accuracy, is_balanced, network_seed
 from lib.match.unroll import Step, gradient
 from lib.nets.ensemble import Ensemble
@@ -25,7 +26,7 @@ from lib.nets.training import predict
 from lib.synset import SyntheticSet
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
-from lib.system.errors import CompanionError, whole
+from lib.system.errors import CompanionError, check_seed, whole
 from lib.system.measure import Meter
 
 
@@ -101,7 +102,8 @@ def follow(
 def evaluate_schedule(
     sets: SyntheticSet | Sequence[SyntheticSet], data, schedule: Schedule, seed: int = 0, cache: bool = False
 ) -> Evaluation:
-    """Accuracies of sets by their own schedules, ``(sets, networks)``; errors as :func:`steps_of`.
+    """Accuracies of sets by their own schedules, ``(sets, networks)``; errors as :func:`steps_of` and
+    :func:`lib.evaluate.evaluate`.
 
     Args:
         cache: return a stored result of the same sets, data, schedule, seed and code.
@@ -109,6 +111,8 @@ def evaluate_schedule(
     sets = [sets] if isinstance(sets, SyntheticSet) else list(sets)
     if not sets:
         raise CompanionError("no set to evaluate: at least 1 is needed")
+    check_alike(sets, data.test)
+    seed = check_seed(seed)
 
     def compute() -> dict[str, Tensor]:
         with Meter(data.test.device) as meter:
