@@ -315,6 +315,29 @@ def test_a_notebook_that_breaks_off_has_failed(project, code, write, message):
     assert changes(project) == {"20_two": "code cells changed"}
 
 
+def test_the_terminal_says_what_begins_and_how_long_it_takes(project):
+    kept = project / "results/cpu/10_one/run.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 125.0}))
+    shutil.rmtree(project / "results/logs")
+    done = call(project, "--only", "10_one", "20_two")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        r"^2 of 2 notebooks to run, about \d+ (s|min) on \d+ cores.*, 1 of them for the first time$",
+        done.stdout,
+        re.M,
+    )
+    assert re.search(r"^\[[12]/2\] 10_one \.\.\. about 2 min$", done.stdout, re.M), done.stdout
+    assert re.search(r"^\[[12]/2\] 20_two \.\.\.$", done.stdout, re.M)
+    again = call(project, "--only", "10_one", "20_two")
+    assert "0 of 2 notebooks to run" in again.stdout and "..." not in again.stdout
+
+
+def test_committed_results_are_called_so(project):
+    (project / "results/cpu/10_one/executed.ipynb").unlink()
+    shutil.rmtree(project / "results/logs")
+    assert changes(project)["10_one"] == "committed, not run here"
+
+
 def test_changed_parameters_get_their_own_results(project):
     before = (project / "results/cpu/10_one/table.csv").read_bytes()
     done = call(project, "--profile", "paper", "--only", "10_one", "--ipc", "5", "-p", "seed=3")

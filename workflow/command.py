@@ -17,8 +17,8 @@ from pathlib import Path
 from lib.system.errors import CompanionError, choose
 from lib.system.files import ROOT, write_text
 from workflow.machine import cores, memory_mb
-from workflow.state import alone, change, discard, logs
-from workflow.summary import print_list, print_plan, print_summary, result
+from workflow.state import alone, change, discard, expected_seconds, logs
+from workflow.summary import duration, print_list, print_plan, print_summary, result
 from workflow.table import Request, Table, check_parameters, load, parameters_of, request_from, select
 
 EXECUTORS = ("local", "gpu", "slurm", "kubernetes")
@@ -157,6 +157,23 @@ def plan(table: Table, request: Request, given: argparse.Namespace) -> dict[str,
     return reasons
 
 
+def announce(table: Table, request: Request, given: argparse.Namespace) -> None:
+    """Say how many notebooks run and about how long that takes; their own lines count against it."""
+    pending = [nb for nb in request.notebooks if given.force or change(ROOT, table, request, nb)]
+    known = [expected_seconds(ROOT, request.run, nb) for nb in pending]
+    total, unknown = sum(filter(None, known)), known.count(None)
+    about = (
+        f", about {duration(total / min(cores(), len(pending)))} on {cores()} cores by the times of earlier runs"
+        if total
+        else ""
+    )
+    more = f", {unknown} of them for the first time" if total and unknown else ""
+    print(f"{len(pending)} of {len(request.notebooks)} notebooks to run{about}{more}", flush=True)
+    started = logs(ROOT, request.run) / "started"
+    started.unlink(missing_ok=True)
+    os.environ["COMPANION_PENDING"] = str(len(pending))
+
+
 def run(request: Request, given: argparse.Namespace) -> int:
     """Run what Snakemake decides; its own messages go to a log file, the notebooks' lines to the terminal."""
     log, killed = logs(ROOT, request.run) / "snakemake.log", logs(ROOT, request.run) / "running"
@@ -245,6 +262,7 @@ def main(words: list[str]) -> int:
 
     discard(ROOT, table, request)
     with alone(ROOT, request.run):
+        announce(table, request, given)
         try:
             status = run(request, given)
         except KeyboardInterrupt:

@@ -21,7 +21,18 @@ from pathlib import Path
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, write_text
 from workflow.machine import one_gpu
-from workflow.state import EXECUTED, FAILED, file_name, fingerprint, folder, logs, records, source
+from workflow.state import (
+    EXECUTED,
+    FAILED,
+    expected_seconds,
+    file_name,
+    fingerprint,
+    folder,
+    logs,
+    records,
+    source,
+)
+from workflow.summary import duration
 from workflow.table import Request, Table, load, request_from
 
 START_TIMEOUT = 120  # seconds for the kernel; a busy machine has been seen to need more than a minute
@@ -146,6 +157,21 @@ def remember(root: Path, run: str, name: str, record: dict, wanted: Path) -> Non
     write_text(wanted, text)
 
 
+def opening(root: Path, run: str, name: str) -> str:
+    """``[3/40] 18_krr ... about 40 s``: the how-manieth of those that run, and what it took the last time."""
+    started = logs(root, run) / "started"
+    started.parent.mkdir(parents=True, exist_ok=True)
+    with open(started, "a+", encoding="utf-8") as file:  # appended in one piece, by several processes
+        file.write(f"{name}\n")
+        file.flush()
+        file.seek(0)
+        place = file.read().split().index(name) + 1
+    of, seconds = os.environ.get("COMPANION_PENDING", ""), expected_seconds(root, run, name)
+    return f"[{place}{f'/{of}' if of else ''}] {name} ..." + (
+        f" about {duration(seconds)}" if seconds else ""
+    )
+
+
 def main(words: list[str] | None = None) -> int:
     """1 after an interruption; a notebook that failed has its record and stops nobody."""
     parser = argparse.ArgumentParser(prog="python -m workflow.execute", allow_abbrev=False)
@@ -157,6 +183,7 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     table = load(ROOT)
     request = request_from(json.loads(given.request), table)
+    print(opening(ROOT, request.run, given.notebook), flush=True)
     done = execute(ROOT, table, request, given.notebook, given.threads)
     print(
         f"{done['status']:>11}  {given.notebook}  {done['seconds']} s  {done['error']}".rstrip(), flush=True

@@ -88,13 +88,25 @@ def discard(root: Path, table: Table, request: Request) -> None:
                     path.unlink(missing_ok=True)
 
 
+def expected_seconds(root: Path, run: str, name: str) -> float | None:
+    """What the notebook took the last time, here or where its committed results were made; None if nobody knows."""
+    seconds = next(
+        (record["seconds"] for _, record in records(root, run, name) if record["status"] == "ok"), None
+    )
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        seconds = seconds or json.loads(
+            (folder(root, run, name) / "run.json").read_text(encoding="utf-8")
+        ).get("seconds")
+    return seconds
+
+
 @contextlib.contextmanager
 def alone(root: Path, run: str) -> Iterator[None]:
     """One run per results folder at a time; the lock goes with the process and its children, however these end."""
     path = logs(root, run) / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
+        file = open(path, "a+")
     except OSError as error:
         raise CompanionError(f"cannot write to {path.parent}: {error.strerror}") from error
     with file:
@@ -102,7 +114,13 @@ def alone(root: Path, run: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CompanionError(f"another run into results/{run} is going on") from None
+            file.seek(0)
+            holder = file.read().strip()
+            by = f" (process {holder}; `kill {holder}` stops it)" if holder.isdigit() else ""
+            raise CompanionError(f"another run into results/{run} is going on{by}") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         yield
 
 
@@ -116,6 +134,8 @@ def change(root: Path, table: Table, request: Request, name: str) -> str:
     if absent and EXECUTED not in absent:
         return f"{absent[0]} is missing"
     if absent or not made:
+        if absent == [EXECUTED] and not made:
+            return "committed, not run here"
         failed = (results / FAILED).is_file()
         return "failed the last time" if failed else "not run yet" if absent else "no record of its run"
     was = made[0]

@@ -26,6 +26,13 @@ class Result:
         return self.status in ("ok", "up to date")
 
 
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def result(root: Path, table: Table, request: Request, name: str, since: float, interrupted: bool) -> Result:
     """How the notebook ended in the run that began at ``since`` (seconds since 1970)."""
     results = (folder(root, request.run, name) / EXECUTED).relative_to(root)
