@@ -549,10 +549,10 @@ def test_stream_options(streamed):
 
 @pytest.fixture
 def oblong(tmp_path):
-    """A class of one wide, one tall and one square image, as PNG."""
+    """A wide, a tall and a square image, as PNG."""
     generator = np.random.RandomState(0)
     for k, (width, height) in enumerate(((61, 40), (33, 70), (48, 48))):
-        path = tmp_path / "pets" / "train" / "cat" / f"{k}.png"
+        path = tmp_path / "pets" / "train" / ("cat", "cat", "dog")[k] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.randint(0, 256, (height, width, 3)).astype(np.uint8)).save(path)
     shutil.copytree(tmp_path / "pets" / "train", tmp_path / "pets" / "test")
@@ -585,7 +585,7 @@ def test_random_crops_are_cut_from_the_whole_file(oblong):
     rows = torch.arange(3).repeat(20)
     crops = Crops.draw(torch.full((60,), 0.08), seeded(), flip=True)
     ((x, labels),) = oblong.in_turn([rows], [crops])
-    assert x.shape == (60, 3, 28, 28) and labels.tolist() == [0] * 60
+    assert x.shape == (60, 3, 28, 28) and labels.tolist() == [0, 0, 1] * 20
     outside = 0
     for k, i in enumerate(rows.tolist()):
         image = Image.open(oblong.paths[i])

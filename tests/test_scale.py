@@ -31,6 +31,7 @@ from lib.scale.squeeze import train_shared
 from lib.scale.stages import shown, the_set
 from lib.scale.store import damage, discard_damaged, done, header, read, save
 from lib.scale.units import STAGES, check, method, needs, recipe, unit, units
+from lib.system.checkpoint import Checkpoint
 from lib.system.errors import CompanionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,9 +172,9 @@ def test_training_is_that_of_the_notebooks(tmp_path):
     teacher = train_teacher(method(run).teacher, data.train)
     protocol = replace(recipe(run), network="convnet-d2-w8-batch")
     found = evaluate_by_distillation(the_set(run), data, protocol, teacher, seed=5, networks=1)
-    assert read(run, unit(run, "train", 0))[0]["accuracy"].item() == found.accuracy.item()
+    assert read(run, unit(run, "train", 0))[0]["soft.accuracy"].item() == found.accuracy.item()
     (row,) = csv.DictReader((run.folder / "table.csv").open())
-    assert float(row["accuracy"]) == pytest.approx(found.accuracy.item(), abs=1e-6) and row["seed"] == "5"
+    assert float(row["soft"]) == pytest.approx(found.accuracy.item(), abs=1e-6) and row["seed"] == "5"
 
 
 def test_weights_of_barycenters_reach_the_training(finished):
@@ -303,6 +304,116 @@ def test_networks_may_be_added_later(copy):
     assert len((run.folder / "table.csv").read_text().splitlines()) == 4
 
 
+# ------------------------------------------------------------------ kept on the way
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("squeeze 0", 1), ("squeeze 0", 12), ("squeeze 0", 23), ("recover 2", 1), ("recover 2", 4), ("recover 2", 6),
+     ("train 1", 1), ("train 1", 2), ("train 1", 4), ("train 1", 6)],
+)  # fmt: skip
+def test_a_unit_that_is_interrupted_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch, name, step):
+    """Squeeze, recovery and both kinds of training, with a checkpoint after every second step."""
+    run = replace(finished, folder=tmp_path / "run")
+    shutil.copytree(finished.folder, run.folder)
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    one = unit(run, name.split()[0], int(name.split()[1]))
+    one.path(run).unlink()
+    after, steps = Checkpoint.after, []
+
+    def interrupted(self, training):
+        steps.append(1)
+        self.seconds = 0 if len(steps) % 2 else 1e9
+        after(self, training)
+        if len(steps) == step:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "after", interrupted)
+    with pytest.raises(Killed):
+        run_unit(run, one, "cpu")
+    assert list((run.folder / "checkpoints").iterdir()) and not one.path(run).exists()
+    taken = []
+
+    def counted(self, training):
+        taken.append(1)
+        after(self, training)
+
+    monkeypatch.setattr(Checkpoint, "after", counted)
+    run_unit(run, one, "cpu")
+    whole = {"squeeze": 23, "recover": 6, "train": 6}[
+        one.stage
+    ]  # train: 3 steps with soft labels, then 3 with hard ones
+    assert len(taken) == whole - (step if step % 2 else step - 1)
+    assert one.path(run).read_bytes() == one.path(finished).read_bytes()
+    assert not list((run.folder / "checkpoints").iterdir())
+
+
+def test_accuracies_on_the_way_are_recorded_and_the_last_is_reported(tmp_path, finished):
+    run = plan(tmp_path / "run", validate_every=2, seeds=(0,))
+    shutil.copytree(finished.folder / "squeeze", run.folder / "squeeze")
+    complete(run)
+    found = read(run, unit(run, "train", 0))[0]
+    assert found["soft.epochs"].tolist() == found["hard.epochs"].tolist() == [2, 3]
+    assert found["soft.curve"].shape == (2, 1) and found["soft.curve"][-1] == found["soft.accuracy"]
+    rows = list(csv.DictReader((run.folder / "curves.csv").open()))
+    assert [(row["labels"], row["epoch"]) for row in rows] == [
+        (column, epoch) for column in ("soft", "hard") for epoch in ("2", "3")
+    ]
+    assert list(csv.DictReader((run.folder / "table.csv").open()))[0]["hard"] == rows[-1]["accuracy"]
+    same = read(finished, unit(finished, "train", 0))[0]  # looking changes nothing
+    assert torch.equal(found["hard.accuracy"], same["hard.accuracy"])
+    assert torch.equal(found["soft.loss"], same["soft.loss"])
+    assert not torch.equal(found["soft.loss"], found["hard.loss"])
+
+
+def test_a_column_may_be_left_out(tmp_path, finished):
+    run = plan(tmp_path / "run", columns=("hard",), seeds=(1,))
+    shutil.copytree(finished.folder / "squeeze", run.folder / "squeeze")
+    assert "relabel" not in [one.stage for one in complete(run)]
+    assert (run.folder / "table.csv").read_text().splitlines()[0] == "architecture,seed,hard"
+    same = read(finished, unit(finished, "train", 1))[0]
+    assert torch.equal(read(run, unit(run, "train", 0))[0]["hard.accuracy"], same["hard.accuracy"])
+
+
+def test_other_precision_is_another_configuration(tmp_path, finished):
+    run = plan(tmp_path / "run", precision="bfloat16", channels_last=True, seeds=(0,))
+    shutil.copytree(finished.folder / "squeeze", run.folder / "squeeze")
+    refuse(lambda: complete(run), "channels_last=False there, True here, precision='float32' there")
+    shutil.rmtree(run.folder / "squeeze")
+    complete(run)
+    pixels = [read(one, unit(one, "recover", 0))[0]["pixels"] for one in (run, finished)]
+    assert pixels[0].dtype == torch.float32 and not torch.equal(*pixels)
+
+
+# ------------------------------------------------------------------ somebody else's set
+
+
+@pytest.mark.parametrize("named", ["new{label:03d}", "{name}"])
+def test_a_released_folder_is_judged_like_a_set_of_ours(finished, tmp_path, named):
+    data = real(finished.plan, "train", "cpu")
+    mine = the_set(finished)
+    levels = (mine.viewable() * 255).round().to(torch.uint8)
+    for i, label in enumerate(mine.labels.tolist()):
+        folder = tmp_path / "released" / named.format(label=label, name=data.classes[label])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(levels[i, 0].numpy()).save(folder / f"class{label:03d}_id{i % 2:03d}.png")
+    run = plan(tmp_path / "run", images=str(tmp_path / "released"), seeds=(0,))
+    shutil.copytree(finished.folder / "squeeze", run.folder / "squeeze")
+    assert [str(one) for one in units(run, "recover")] == [f"recover 0: images of {tmp_path / 'released'}"]
+    stages = [one.stage for one in complete(run)]
+    assert stages == ["recover", "relabel", "relabel", "train", "aggregate"]
+    assert torch.equal(read(run, unit(run, "recover", 0))[0]["pixels"], levels)
+    assert the_set(run).meta["method"].startswith("images of") and the_set(run).weights is None
+    assert 0 <= read(run, unit(run, "train", 0))[0]["soft.accuracy"].item() <= 1
+    min((tmp_path / "released").rglob("*.png")).unlink()
+    fewer = plan(tmp_path / "fewer", images=str(tmp_path / "released"))
+    refuse(lambda: run_unit(fewer, unit(fewer, "recover", 0), "cpu"), "1 images of class '0', the plan 2")
+
+
 # ------------------------------------------------------------------ mistakes
 
 
@@ -352,6 +463,11 @@ def test_a_mistake_on_the_command_line_is_one_line(finished, words, text):
         ({"labels": "stored"}, "unknown labels 'stored'"),
         ({"ipc": 3}, "ipc 3 does not fit"),
         ({"ipc": 1000}, "ipc 1000 is larger than the smallest class"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'"),
+        ({"columns": ("firm",)}, "unknown column of labels 'firm'"),
+        ({"validate_every": 0}, "validate_every must be a whole number >= 1"),
+        ({"resize": 9}, "resize 9 is not allowed: of folders of images only"),
+        ({"images": "/nowhere/set"}, "no file or folder /nowhere/set"),
         ({"seeds": ("a",)}, "seeds must be a whole number >= 0, not 'a'"),
         ({"colour": 1}, "unknown field of a plan 'colour'"),
     ],
@@ -406,6 +522,33 @@ def test_a_plan_is_taken_up_from_another_folder(tmp_path, monkeypatch):
     )
     plain = {"data": "digits", "root": None, "teacher": {"weights": "pretrained"}}
     assert _absolute(plain) == plain
+
+
+def test_a_run_on_a_folder_of_images_goes_on_from_another_folder(photographs, tmp_path, monkeypatch):
+    teacher = {"network": "convnet-d2-w8-batch", "batch": 30, "epochs": 1}
+    shutil.copytree(photographs, tmp_path / "here" / "images")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = plan(
+        Path("../run"), data="folder:images", size=16, recipe="imagenette", teacher=teacher, options={}
+    )
+    monkeypatch.chdir(tmp_path / "there")
+    _opened.cache_clear()  # as in another process
+    assert main(["run", "--out", str(tmp_path / "run"), "--stage", "squeeze"]) == 0
+    again = open_run(tmp_path / "run", {"data": f"folder:{tmp_path / 'here' / 'images'}"})
+    assert done(again, unit(again, "squeeze", 0)) and again.plan == run.plan
+    refuse(lambda: open_run(tmp_path / "run", {"data": "folder:images"}), "holds another run")
+
+
+def test_images_of_imagenet_are_224_of_256_pixels(photographs):
+    assert Plan("imagenette", 10).scaled == Plan("imagenet", 1).scaled == (224, 256)
+    assert Plan("imagenette", 10, size=112).scaled == (112, 128)
+    assert Plan("imagenette", 10, resize=224).scaled == (224, 224)
+    assert Plan("folder:/x", 10, recipe="imagenet", size=224).scaled == (224, 256)
+    assert Plan("folder:/x", 10, size=64).scaled == (64, None)
+    assert Plan("tinyimagenet", 10).scaled == Plan("digits", 1, recipe="imagenet").scaled == (None, None)
+    seen = real(Plan(f"folder:{photographs}", 2, recipe="imagenette", size=56), "test", "cpu")
+    assert (seen.size, seen.resize) == (56, 64)
 
 
 def test_nothing_in_lib_imports_a_scheduler():
@@ -489,9 +632,10 @@ def test_a_folder_of_images_and_a_pretrained_network_end_to_end(photographs, tmp
         "size": 64,
     }
     changes |= {"teacher": {"weights": str(weights)}, "relabel": {"epochs": 1, "batch": 6}, "seeds": (0,)}
+    changes["architectures"] = ("torchvision-resnet18", "torchvision-vit_ti_16")
     run = plan(tmp_path / "run", data=data, classes_per_unit=2, **{**changes})
     assert [one.stage for one in complete(run)] == [
-        *("squeeze", "statistics", "statistics", "recover", "relabel", "train", "aggregate")
+        *("squeeze", "statistics", "statistics", "recover", "relabel", "train", "train", "aggregate")
     ]
     statistics = read(run, unit(run, "statistics", 1))[0]
     assert (
@@ -500,10 +644,10 @@ def test_a_folder_of_images_and_a_pretrained_network_end_to_end(photographs, tmp
     )
     pixels = read(run, unit(run, "recover", 0))[0]["pixels"]
     assert pixels.shape == (6, 3, 64, 64) and pixels.dtype == torch.uint8
-    assert 0 <= read(run, unit(run, "train", 0))[0]["accuracy"].item() <= 1
-    assert (
-        header(unit(run, "aggregate", 0).path(run))["about"]["accuracy"]["torchvision-resnet18"]["networks"]
-        == 1
+    assert 0 <= read(run, unit(run, "train", 0))[0]["hard.accuracy"].item() <= 1
+    found = header(unit(run, "aggregate", 0).path(run))["about"]["accuracy"]
+    assert {name: found[name]["soft"]["networks"] for name in found} == dict.fromkeys(
+        run.plan.architectures, 1
     )
 
 

@@ -84,6 +84,7 @@ rule aggregate:
     output:
         f"{OUT}/summary.json",
         f"{OUT}/table.csv",
+        f"{OUT}/curves.csv",
     shell:
         PYTHON + " -m lib.scale run --out {QUOTED} --stage aggregate --unit 0"
 

@@ -4,6 +4,10 @@ python -m lib.scale run --out runs/toy --data digits --ipc 1
 python -m lib.scale list --out runs/toy --stage recover
 python -m lib.scale run --out runs/toy --stage recover --unit 3
 python -m lib.scale status --out runs/toy
+
+ImageNet-1K and its named subsets are read at 224 pixels: the teacher sees random parts of the whole files, statistics and tests
+what is left of a shorter side of 256. Every command may be killed at any moment and given again; squeeze, recovery and training
+are kept once a minute in the folder `checkpoints` of the run.
 """
 
 from __future__ import annotations
@@ -73,17 +77,27 @@ def _plan_options(group) -> None:
         "variant": "of the method's published settings, such as CDA",
         "recipe": "data set whose settings are taken (default: those of the data)",
         "labels": "soft labels: recompute or store",
+        "images": "somebody else's set (folders of images by class, or .safetensors) to judge instead of recovering one",
+        "precision": "float32, or bfloat16: networks under autocast (the distilled set is another one then)",
     }.items():
         group.add_argument(f"--{name}", help=text)
     for name, text in {
         "ipc": "images per class",
-        "size": "side in pixels",
+        "size": "side in pixels; default: 224 for imagenet and its named subsets, else as stored",
+        "resize": "what the shorter side is scaled to before the centre is cut out; default: 256 for 224 with ImageNet's settings",
         "seed": "of barycenters and recovery",
         "classes-per-unit": "of the class statistics",
         "epochs-per-unit": "of stored labels",
+        "validate-every": "epochs between looks at the test half; the last epoch is reported",
     }.items():
         group.add_argument(f"--{name}", type=int, metavar="N", help=text)
     group.add_argument("--architectures", nargs="+", metavar="NET", help="networks to train")
+    group.add_argument(
+        "--columns", nargs="+", metavar="LABELS", help="soft, hard; default: both, each with a network"
+    )
+    group.add_argument(
+        "--channels-last", action="store_true", default=None, help="images pixel by pixel in memory, on a GPU"
+    )
     group.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of these networks")
     for name, text in {
         "options": "field of the method",
@@ -96,8 +110,9 @@ def _plan_options(group) -> None:
 def fields_of(given: argparse.Namespace) -> dict:
     """The plan fields on the command line, over those of its file."""
     fields = read_file(given.plan) if given.plan else {}
-    for name in ("data", "root", "method", "variant", "recipe", "labels", "ipc", "size", "seed", "classes_per_unit",
-                 "epochs_per_unit", "architectures", "seeds"):  # fmt: skip
+    for name in ("data", "root", "method", "variant", "recipe", "labels", "images", "precision", "ipc", "size", "resize",
+                 "seed", "classes_per_unit", "epochs_per_unit", "validate_every", "architectures", "columns", "channels_last",
+                 "seeds"):  # fmt: skip
         if (value := getattr(given, name)) is not None:
             fields[name] = value
     for name in ("options", "teacher", "relabel"):

@@ -15,13 +15,18 @@ from lib.data import Stream, load, stream
 from lib.data.folders import NAMES as FOLDERS
 from lib.data.folders import PREFIX
 from lib.data.imageset import SMALL_COUNT, SMALL_SIDE
+from lib.data.subsets import SUBSETS
 from lib.data.whitening import from_saved
 from lib.synset import check_ipc
+from lib.system.arithmetic import Arithmetic
 from lib.system.errors import CompanionError, unknown
 from lib.system.files import write_text
 
 PLAN = "plan.json"
 LABELS = ("recompute", "store")
+COLUMNS = ("soft", "hard")
+IMAGENETS = ("imagenet", *SUBSETS)
+SIDE, RESIZE = 224, 256  # of what classifiers of ImageNet are trained and tested on
 # Fields that may change in a folder that has results: they add units, or say where things lie, and alter no unit.
 FREE = ("root", "architectures", "seeds")
 
@@ -56,12 +61,20 @@ class Plan:
     Attributes:
         method, variant, options: ``lib.methods`` name, variant of its published settings, and fields that differ from them.
         recipe: data set whose settings are taken where these data have none, such as a folder of images ("": their own).
-        data, root, size: data set, where data sets lie, side in pixels (None: as stored).
+        data, root, size: data set, where data sets lie, side in pixels (None: 224 for ImageNet-1K and its named subsets, else as
+            stored).
+        resize: for statistics and tests of folders of images, what the shorter side is scaled to before the centre square of
+            ``size`` is cut out (None: 256 / 224 of ``size`` with the settings of an ImageNet set, else ``size``). The teacher
+            is trained on random parts of the whole files.
+        images: somebody else's set (a folder or a file, as ``lib.synset.imported`` reads them) to be judged instead of recovering one.
         ipc: images per class; seed: of barycenters and recovery (teacher and views have seeds of their own).
         teacher: fields of the teacher's recipe (``network``, ``weights``, ``epochs``, ...) that differ from the method's.
         labels: soft labels ``recompute``d while training, or ``store``d in a file per range of epochs.
         relabel: fields of the recipe of relabelling and training (epochs, batch, ...) that differ from the published ones.
         architectures, seeds: a network is trained for every pair; no architecture: that of the teacher.
+        columns: labels to train it on: ``soft``, the teacher's of every view; ``hard``, the classes, with everything else equal.
+        validate_every: epochs between two looks at the test half, which are recorded; the last epoch is reported.
+        precision, channels_last: of networks in all stages (``lib.system.arithmetic``); tests are always in 32 bits.
         classes_per_unit, epochs_per_unit: how the class statistics and the stored labels are cut. Blocks of classes that are
             recovered together are the method's affair, since they are part of its objective.
     """
@@ -82,9 +95,15 @@ class Plan:
     seeds: tuple[int, ...] = (0, 1, 2)
     classes_per_unit: int = 10
     epochs_per_unit: int = 10
+    resize: int | None = None
+    images: str = ""
+    columns: tuple[str, ...] = COLUMNS
+    validate_every: int = 10
+    precision: str = "float32"
+    channels_last: bool = False
 
     def __post_init__(self):
-        for name in ("classes_per_unit", "epochs_per_unit"):
+        for name in ("classes_per_unit", "epochs_per_unit", "validate_every"):
             whole(name, getattr(self, name), 1)
         whole("seed", self.seed, 0)
         check_ipc(self.ipc)
@@ -92,12 +111,35 @@ class Plan:
             whole("size", self.size, 1)
         if self.labels not in LABELS:
             raise unknown("labels", self.labels, LABELS)
-        for name in ("architectures", "seeds"):
+        for name in ("architectures", "seeds", "columns"):
             if not isinstance(getattr(self, name), (list, tuple)):
                 raise CompanionError(f"{name} must be a list, not {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for seed in self.seeds:
             whole("seeds", seed, 0)
+        for column in self.columns or ("none",):
+            if column not in COLUMNS:
+                raise unknown("column of labels", column, COLUMNS)
+        size, resize = self.scaled
+        if self.resize is not None and (
+            not size or whole("resize", resize, 1) < size or not in_files(self.data)
+        ):
+            raise CompanionError(
+                f"resize {resize} is not allowed: of folders of images only, and at least their size ({size})"
+            )
+        self.arithmetic  # noqa: B018  (refuses an unknown precision)
+
+    @property
+    def scaled(self) -> tuple[int | None, int | None]:
+        """Side of an image, and length of the shorter side before the square is cut out; None: as stored, as the side."""
+        size = self.size or (SIDE if self.data in IMAGENETS else None)
+        as_imagenet = in_files(self.data) and (self.recipe or self.data) in IMAGENETS and size
+        return size, self.resize or (round(size * RESIZE / SIDE) if as_imagenet else None)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """How networks are applied."""
+        return Arithmetic(self.precision, self.channels_last)
 
     def plain(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -111,6 +153,11 @@ class Run:
     folder: Path
     plan: Plan
     form: Form
+
+
+def in_files(data: str) -> bool:
+    """Whether the data are folders of images, which are read batch by batch."""
+    return data in FOLDERS or data.startswith(PREFIX)
 
 
 def whole(name: str, value: object, least: int) -> int:
@@ -161,6 +208,8 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["root"] = os.path.abspath(Path(fields["root"]).expanduser())
     if str(fields.get("data")).startswith(PREFIX):
         fields["data"] = PREFIX + os.path.abspath(Path(fields["data"].removeprefix(PREFIX)).expanduser())
+    if fields.get("images"):
+        fields["images"] = os.path.abspath(Path(fields["images"]).expanduser())
     weights = (fields.get("teacher") or {}).get("weights")
     if isinstance(weights, str) and Path(weights).expanduser().is_file():
         fields["teacher"] = {**fields["teacher"], "weights": os.path.abspath(Path(weights).expanduser())}
@@ -209,13 +258,13 @@ def read_file(path: Path | str) -> dict[str, Any]:
 
 def real(plan: Plan, split: str, device):
     """The ``train`` or ``test`` half of the data: in memory for small sets, read batch by batch for folders of images."""
-    return _opened(plan.data, plan.root, plan.size, split, str(device))
+    return _opened(plan.data, plan.root, *plan.scaled, split, str(device))
 
 
 @functools.lru_cache(maxsize=2)  # a worker opens them once, not once per unit
-def _opened(data: str, root: str | None, size: int | None, split: str, device: str):
-    if data in FOLDERS or data.startswith(PREFIX):
-        return stream(data, root, split, size, device)
+def _opened(data: str, root: str | None, size: int | None, resize: int | None, split: str, device: str):
+    if in_files(data):
+        return stream(data, root, split, size, device, resize=resize)
     both = load(data, root, device, size)
     return both.train if split == "train" else both.test
 
@@ -243,6 +292,10 @@ def same_data(form: Form, train: Stream) -> None:
     if train.classes != form.classes:
         raise CompanionError(
             f"{form.name} had {len(form.classes)} classes when it was planned, now other ones ({len(train.classes)})"
+        )
+    if train.size != form.size:
+        raise CompanionError(
+            f"{form.name} was planned at {form.size} pixels, now it is read at {train.size}: plan anew"
         )
     for name, before, now in zip(form.classes, form.counts, train.counts.tolist(), strict=True):
         if before != now:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.recover.teacher import make_teacher
-from lib.scale.plan import Run
+from lib.scale.plan import COLUMNS, Run
 from lib.scale.units import STAGES, method, recipe, trainings, units
 
 # Operations per second that CDA's README implies: 29 h on one RTX 4090 for 50 images of each of 1000 classes, 4000
@@ -64,12 +64,14 @@ def sizes(run: Run) -> list[Size]:
     per_network = {name: passes(make_teacher(name, form), shape)["train"] for name, _ in pairs}
     trained = sum(per_network[name] for name, _ in pairs)
     asked = teacher["forward"] * shown
+    soft, hard = (kind in plan.columns for kind in COLUMNS)
     operations = {
         "squeeze": 0 if chosen.teacher.weights else chosen.teacher.epochs * real * teacher["train"],
         "statistics": real * teacher["forward"],
-        "recover": m * chosen.iterations * teacher["recover"],
+        "recover": 0 if plan.images else m * chosen.iterations * teacher["recover"],
         "relabel": asked,
-        "train": trained * shown + (asked * len(pairs) if plan.labels == "recompute" else 0),
+        "train": trained * shown * (soft + hard)
+        + soft * (asked * len(pairs) if plan.labels == "recompute" else 0),
     }
     stored = {
         "squeeze": weights,

@@ -26,29 +26,40 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.nets.convnet import ConvNet
 from lib.recover.teacher import Teacher, converged, drawn, fit, the_teacher
 from lib.scale.plan import Run, open_run, real, same_data
-from lib.scale.store import done, save
+from lib.scale.store import done, keeping, save
 from lib.scale.units import method, unit
+from lib.system.arithmetic import PLAIN, Arithmetic
+from lib.system.checkpoint import Checkpoint
 from lib.system.errors import CompanionError
 
 
-def squeeze(run: Run, device: torch.device, rank: int = 0, world: int = 1) -> nn.Module:
+def squeeze(
+    run: Run, device: torch.device, rank: int = 0, world: int = 1, checkpoint: Checkpoint | None = None
+) -> nn.Module:
     """The teacher of a plan: read, torchvision's, or trained by ``world`` processes of which this is number ``rank``."""
     teacher = method(run).teacher
     if teacher.weights:
         return the_teacher(teacher, dataclasses.replace(run.form, device=device))
     train = real(run.plan, "train", device)
     same_data(run.form, train)
-    return train_shared(teacher, train, rank, world)
+    return train_shared(teacher, train, rank, world, checkpoint, run.plan.arithmetic)
 
 
-def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1) -> nn.Module:
+def train_shared(
+    teacher: Teacher,
+    train,
+    rank: int = 0,
+    world: int = 1,
+    checkpoint: Checkpoint | None = None,
+    arithmetic: Arithmetic = PLAIN,
+) -> nn.Module:
     """:func:`lib.recover.teacher.train_teacher` with every batch shared by ``world`` processes; the same bits for one.
 
     Args:
         train: the data, the same in every process.
     """
     generator = torch.Generator(train.device).manual_seed(teacher.seed)
-    plain = drawn(teacher.network, train, generator)
+    plain = arithmetic.laid_out(drawn(teacher.network, train, generator))
     network = plain
     if world > 1:
         fused = isinstance(
@@ -57,7 +68,7 @@ def train_shared(teacher: Teacher, train, rank: int = 0, world: int = 1) -> nn.M
         if train.device.type == "cuda" and not fused:
             network = plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
         network = DistributedDataParallel(plain, find_unused_parameters=fused)
-    fit(network, teacher, train, generator, rank, world)
+    fit(network, teacher, train, generator, rank, world, checkpoint, arithmetic)
     return converged(plain, teacher, train)
 
 
@@ -80,9 +91,12 @@ def main(words: list[str] | None = None) -> int:
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        network = squeeze(run, device, rank, world)
+        checkpoint = keeping(run, one, f"-of-{world}" if world > 1 else "")
+        checkpoint.writes = rank == 0
+        network = squeeze(run, device, rank, world, checkpoint)
         if rank == 0:
             save(run, one, network.state_dict())
+            checkpoint.done()
             print(f"{one}: written by process 0 of {world}")
         if world > 1:
             dist.barrier()

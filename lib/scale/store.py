@@ -23,6 +23,8 @@ from lib.scale.plan import Run
 from lib.scale.units import STAGES, Unit, method, recipe, units
 from lib.synset import read_safetensors
 from lib.system.cache import digest
+from lib.system.checkpoint import Checkpoint
+from lib.system.code import code_digest
 from lib.system.errors import CompanionError
 from lib.system.files import write_tensors, write_text
 
@@ -35,16 +37,20 @@ FILES = "files of "
 def configuration(run: Run, one: Unit) -> dict[str, Any]:
     """Everything that the content of a unit's file depends on, as plain values; files that it reads by their hash, if there."""
     plan, chosen = run.plan, describe(method(run))
-    fields = {name: getattr(plan, name) for name in ("data", "size", "seed")}
+    fields = {name: getattr(plan, name) for name in ("data", "seed", "precision", "channels_last")}
+    fields |= {"size": run.form.size, "resize": plan.scaled[1]}
     fields |= {"classes": run.form.num_classes, "teacher": chosen.pop("teacher"), "unit": one.about}
     if one.stage != "squeeze":
         fields |= {"method": chosen, "ipc": plan.ipc, "classes_per_unit": plan.classes_per_unit}
-        fields |= _contents(run, "squeeze")
+        fields |= {"images": plan.images}
+        fields |= {} if plan.images and one.stage == "recover" else _contents(run, "squeeze")
     if one.stage in ("relabel", "train", "aggregate"):
         protocol = dataclasses.asdict(recipe(run))
         training = () if one.stage == "relabel" else ("temperature", "lr", "weight_decay")
         fields |= {f"relabel.{name}": protocol[name] for name in (*VIEWS, *training)}
         fields |= {"labels": plan.labels} | _contents(run, "recover")
+    if one.stage in ("train", "aggregate"):
+        fields |= {"columns": plan.columns, "validate_every": plan.validate_every}
     if one.stage == "relabel":
         fields["epochs_per_unit"] = plan.epochs_per_unit
     if one.stage == "aggregate":
@@ -76,13 +82,20 @@ def save(run: Run, one: Unit, tensors: Mapping[str, Tensor], **about: Any) -> No
     write_tensors(one.path(run), tensors, {"unit": json.dumps(head, sort_keys=True)})
 
 
-def save_summary(run: Run, one: Unit, table: str, **about: Any) -> None:
-    """Write the table and, last, its summary: the unit of the stage ``aggregate``."""
+def keeping(run: Run, one: Unit, part: str = "") -> Checkpoint:
+    """Where a unit under way is kept, to be taken up by whoever computes it next, with the same code."""
+    key = digest(configuration(run, one), code_digest("lib.scale.stages"))
+    return Checkpoint(run.folder / "checkpoints" / f"{one.stage}-{one.number:04d}{part}.safetensors", key)
+
+
+def save_summary(run: Run, one: Unit, table: str, curves: str, **about: Any) -> None:
+    """Write the tables and, last, their summary: the unit of the stage ``aggregate``."""
     write_text(run.folder / "table.csv", table)
+    write_text(run.folder / "curves.csv", curves)
     head = {
         "format": FORMAT,
         "configuration": configuration(run, one),
-        "content": digest(table),
+        "content": digest(table, curves),
         "about": about,
     }
     write_text(one.path(run), json.dumps(head, indent=1, sort_keys=True) + "\n")

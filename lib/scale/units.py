@@ -8,9 +8,13 @@ statistics a range of classes             squeeze              barycenters, Batc
 recover    a block of classes             squeeze, statistics  images (a block is part of the objective, not of the
                                                                cutting: its size never follows the number of workers)
 relabel    a range of epochs              squeeze, recover     soft labels of every batch (only ``labels="store"``)
-train      one (architecture, seed)       recover, relabel     accuracies
-aggregate  everything                     train                ``table.csv`` and ``summary.json`` beside the folders
+train      one (architecture, seed)       recover, relabel     accuracies with soft and with hard labels, on the way and
+                                                               of the last epoch
+aggregate  everything                     train                ``table.csv``, ``curves.csv``, ``summary.json`` beside the
+                                                               folders
 ========== ============================== ==================== ====================================================
+
+Somebody else's set (``images`` of the plan) takes the place of statistics and recover: its one unit of ``recover`` reads it.
 
 The files themselves: :mod:`lib.scale.store`.
 """
@@ -66,15 +70,17 @@ def units(run: Run, stage: str) -> list[Unit]:
     if stage == "squeeze":
         return [Unit(stage, 0, 0, 1, f"teacher {method(run).teacher.network}")]
     if stage == "statistics":
-        if type(method(run)).class_targets is SRe2L.class_targets:
-            return []  # the running statistics of the teacher are all it needs
+        if plan.images or type(method(run)).class_targets is SRe2L.class_targets:
+            return []  # the running statistics of the teacher are all that SRe2L needs
         return _ranges(stage, run.form.num_classes, plan.classes_per_unit, "classes")
+    if stage == "recover" and plan.images:
+        return [Unit(stage, 0, 0, 1, f"images of {plan.images}")]
     if stage == "recover":
         return [Unit(stage, b.index, b.index, b.index + 1, _block(b)) for b in blocks(run)]
     if stage == "relabel":
         return (
             _ranges(stage, recipe(run).epochs, plan.epochs_per_unit, "epochs")
-            if plan.labels == "store"
+            if plan.labels == "store" and "soft" in plan.columns
             else []
         )
     if stage == "train":
@@ -96,7 +102,7 @@ def unit(run: Run, stage: str, number: int) -> Unit:
 
 def needs(run: Run, one: Unit) -> list[Unit]:
     """The units whose files ``one`` reads."""
-    if one.stage == "squeeze":
+    if one.stage == "squeeze" or (one.stage == "recover" and run.plan.images):
         return []
     teacher = units(run, "squeeze")
     if one.stage == "statistics":
@@ -162,6 +168,8 @@ def check(run: Run) -> None:
     batch_norms(make_teacher(method(run).teacher.network, run.form))
     for name, _ in trainings(run):
         make_teacher(name, run.form)
+    if run.plan.images and not Path(run.plan.images).exists():
+        raise CompanionError(f"no file or folder {run.plan.images}")
 
 
 def blocks(run: Run) -> list:
