@@ -61,7 +61,7 @@ def test_small_data_of_another_name_takes_the_nearest_row(toy, name):
     found = recipes(name).find(toy.train, 2)
     assert found.method == recipes(name).named("digits").method and "digits" in found.source
     assert (
-        recipes(name).find(toy_data(size=14, channels=3).train, 2).method
+        recipes(name).find(toy_data(size=16, channels=3).train, 2).method
         == recipes(name).named("photos16").method
     )
     s = distill(found.method, toy.train, 2, 0).synset

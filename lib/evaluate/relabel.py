@@ -453,7 +453,7 @@ def _key(sets, data, protocol: FKD, teacher: nn.Module, seed: int, count: int) -
     return f"relabelled-{digest(what, code_digest(__name__))}"
 
 
-_SMALL = FKD(network="convnet-d2-w32", epochs=40, batch=50, lr=5e-3, crop=None, flip=False, networks=1)
+_SMALL = FKD(network="convnet-d2-w32", lr=5e-3, crop=None, flip=False, networks=1)
 _NETTE = FKD(network="torchvision-resnet18")
 _SRE2L = replace(_NETTE, batch=1024, source="SRe2L, CDA: FKD with CutMix")
 _CIFAR = FKD(epochs=400, batch=128, temperature=30.0, crop=None, flip=False, mix="mixup", mix_alpha=0.8)
@@ -461,8 +461,8 @@ _CIFAR = FKD(epochs=400, batch=128, temperature=30.0, crop=None, flip=False, mix
 PROTOCOLS = {
     name: replace(one, name=name)
     for name, one in {
-        "own-fkd-digits": _SMALL,  # no crop below 64 pixels; few epochs at five times the rate
-        "own-fkd-photos": replace(_SMALL, network="convnet-d3-w32", epochs=60, flip=True),
+        "own-fkd-digits": _SMALL,  # no crop below 64 pixels; five times the rate for a small network
+        "own-fkd-photos": replace(_SMALL, network="convnet-d3-w32", epochs=60, batch=50, flip=True),
         "own-fkd": _NETTE,  # WMDD on ImageNette and ImageNet-1K
         "own-fkd-tiny": replace(_NETTE, network="torchvision-resnet18-tiny"),  # WMDD's stem at 64 pixels
         "own-fkd-1024": _SRE2L,  # SRe2L on ImageNet-1K

@@ -173,13 +173,14 @@ class FRePo:
 
 
 _SMALL = FRePo(
-    iterations=240, networks=4, online_updates=20, lr=3e-2, lr_network=3e-3, real_batch=256, width=32
+    iterations=100, networks=4, online_updates=20, lr=3e-2, lr_network=3e-3, real_batch=128, width=32
 )
-_PHOTOS = replace(_SMALL, lr=3e-3, iterations=80, real_batch=128)
+_PHOTOS = replace(_SMALL, lr=3e-3, iterations=80)
 _COMMANDS = "published commands"
 _NO_FLIP, _DEEP = FRePo(flip=False), FRePo(depth=4)
 RECIPES = Recipes(
-    small("digits fashion14", replace(_SMALL, flip=False), "own-rfad"),
+    small("digits", replace(_SMALL, flip=False), "own-rfad"),
+    small("fashion14", replace(_SMALL, flip=False, iterations=60), "own-rfad"),
     small("photos16 photos32", _PHOTOS, "own-rfad"),
     published("mnist fashionmnist", (1, 10, 50), _NO_FLIP, "own-frepo", _COMMANDS),
     published("cifar10", (1, 10, 50), FRePo(), "own-frepo", _COMMANDS, whiten="zca"),

@@ -246,9 +246,11 @@ _TINY = SRe2L(lr=0.1, bn_weight=1.0, roll=(-4, 4), teacher=teachers.TEACHERS["sr
 _CIFAR = replace(
     _IMAGENET, iterations=1000, crop=None, flip=False, roll=(0, 4), teacher=teachers.TEACHERS["cifar"]
 )
-_SMALL = SRe2L(iterations=100, lr=0.2, bn_weight=1.0, crop=None, flip=False, roll=(-1, 1), storage="float",
+_SMALL = SRe2L(iterations=300, lr=0.5, bn_weight=1.0, crop=None, flip=False, roll=(-1, 1), storage="float",
                teacher=teachers.TEACHERS["digits"])  # fmt: skip
-_PHOTOS = replace(_SMALL, iterations=60, flip=True, roll=(-2, 2), teacher=teachers.TEACHERS["photos16"])
+_PHOTOS = replace(
+    _SMALL, iterations=60, lr=0.2, flip=True, roll=(-2, 2), teacher=teachers.TEACHERS["photos16"]
+)
 _SCRIPT = "published script (settings by data set, not by IPC)"
 RECIPES = Recipes(
     small("digits", _SMALL, "own-fkd-digits"),

@@ -184,9 +184,17 @@ class WMDD(SRe2L):
 
 
 _CIFAR = WMDD(crop=None, flip=False, roll=(0, 4), iterations=1000, teacher=teachers.TEACHERS["cifar"])
-_SMALL = WMDD(iterations=100, lr=0.2, crop=None, flip=False, roll=(-1, 1), storage="float",
+_SMALL = WMDD(iterations=300, lr=0.5, bn_weight=30.0, crop=None, flip=False, roll=(-1, 1), storage="float",
               teacher=teachers.TEACHERS["digits"])  # fmt: skip
-_PHOTOS = replace(_SMALL, iterations=60, flip=True, roll=(-2, 2), teacher=teachers.TEACHERS["photos16"])
+_PHOTOS = replace(
+    _SMALL,
+    iterations=60,
+    lr=0.2,
+    bn_weight=10.0,
+    flip=True,
+    roll=(-2, 2),
+    teacher=teachers.TEACHERS["photos16"],
+)
 RECIPES = Recipes(
     small("digits", _SMALL, "own-fkd-digits"),
     small("photos16 photos32", _PHOTOS, "own-fkd-photos"),
