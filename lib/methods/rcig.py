@@ -276,14 +276,16 @@ def tuned(run, rate: float) -> float:
 
 
 _SMALL = RCIG(
-    iterations=150, networks=4, lr=3e-2, real_batch=256, width=16, depth=2, solver="exact", flip=False
+    iterations=150, networks=4, lr=3e-2, real_batch=128, width=16, depth=2, solver="exact", flip=False
 )
+_FASHION = replace(_SMALL, iterations=80)
 _DEEP = RCIG(depth=4, softplus=0.0)
 _HIGH = RCIG(depth=5, softplus=0.0, ridge=0.05)
 _CONFIG, _BLOCKS = "published configurations", "theirs are whitened in blocks"
 _NO_FLIP = RCIG(flip=False)
 RECIPES = Recipes(
-    small("digits fashion14", _SMALL, "own-rfad"),
+    small("digits", _SMALL, "own-rfad"),
+    small("fashion14", _FASHION, "own-rfad"),
     published("mnist fashionmnist", (1, 10, 50), _NO_FLIP, "own-rcig", _CONFIG),
     published("cifar10", 1, RCIG(iterations=15_000), "own-rcig", _CONFIG, whiten="zca"),
     published("cifar10 cifar100", (10,), RCIG(), "own-rcig", _CONFIG, whiten="zca"),
