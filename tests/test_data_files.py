@@ -507,6 +507,12 @@ def test_stream_equals_the_set_in_memory(streamed):
     assert len(test) == 21 and "test" in str(test.paths[0])
 
 
+def test_streamed_images_lie_channel_by_channel(streamed):
+    _, stream = streamed
+    images, _ = next(stream.batches(None, 4))
+    assert images.is_contiguous() and images.shape[1] == 3
+
+
 def test_stream_batches_are_one_shuffled_pass(streamed):
     data, stream = streamed
     batches = list(stream.batches(seeded(3), 4))

@@ -147,7 +147,8 @@ class Stream:
         ]
 
     def _collect(self, futures: list) -> Tensor:
-        pixels = torch.from_numpy(np.stack([future.result() for future in futures]))
+        # decoders hand out views with the channels last; on a CPU, PyTorch 2.15's kernels for narrow networks write beyond such memory
+        pixels = torch.from_numpy(np.stack([future.result() for future in futures])).contiguous()
         return self.transform.forward(to_unit(pixels.to(self.device)))
 
     def _finish(self, indices: Tensor, futures: list) -> tuple[Tensor, Tensor]:

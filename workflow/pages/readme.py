@@ -103,12 +103,17 @@ def results(frame, records: dict[str, dict]) -> str:
     standing, marks = tables.standing(frame), {}
     rows, counted = [], set()
     for name, entry in METHODS.items():
-        cells = [ours(standing, name, *case, marks) for case in CASES] + [quoted(name, *case, marks) for case in QUOTED.values()]
+        cells = [ours(standing, name, *case, marks) for case in CASES] + [
+            quoted(name, *case, marks) for case in QUOTED.values()
+        ]
         if any(cells):
             claims = "" if entry.notebook in counted else held(records.get(entry.notebook))
             counted.add(entry.notebook)
             rows.append([paper(name), linked(entry.notebook), *cells, claims])
-    ceilings = [*(full(standing, *case) for case in CASES), *(full_published(data) for data, _ in QUOTED.values())]
+    ceilings = [
+        *(full(standing, *case) for case in CASES),
+        *(full_published(data) for data, _ in QUOTED.values()),
+    ]
     rows.append(["all training data", "", *ceilings, ""])
     columns = ["paper", "notebook", *(f"ours, {data} IPC {ipc}" for data, ipc in CASES)]
     columns += [*(f"published, {data} IPC {ipc}" for data, (_, ipc) in QUOTED.items()), "claims"]
