@@ -273,7 +273,7 @@ def test_files_of_another_configuration_are_refused(copy, tmp_path):
     refuse(lambda: open_run(copy.folder, {"ipc": 4}), "holds another run (ipc=2 there, 4 here)")
     batch = plan(tmp_path / "batch", relabel={"epochs": 3, "batch": 10})
     seed = plan(tmp_path / "seed", relabel={"epochs": 3, "seed": 7})
-    for run, text in ((batch, "relabel.batch=50 there, 10 here"), (seed, "relabel.seed=42 there, 7 here")):
+    for run, text in ((batch, "relabel.batch=100 there, 10 here"), (seed, "relabel.seed=42 there, 7 here")):
         for stage in ("squeeze", "statistics", "recover", "relabel"):
             shutil.copytree(copy.folder / stage, run.folder / stage)
         refuse(lambda run=run: run_unit(run, unit(run, "train", 0), "cpu"), text, "relabel/0000.safetensors")
