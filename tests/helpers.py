@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +14,33 @@ from lib.data.imageset import Data, ImageSet
 from lib.data.whitening import Standardise
 from lib.evaluate.protocol import PROTOCOLS
 from lib.methods import recipes
+from lib.system.checkpoint import Checkpoint
 from lib.system.errors import CompanionError
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+class Killed(Exception):
+    """Ends a run in the middle."""
+
+
+@contextlib.contextmanager
+def killed_after(step: int) -> Iterator[None]:
+    """A training loop within is kept after every second step, and must be killed right after this one."""
+    after, steps = Checkpoint.after, []
+
+    def interrupted(self, training):
+        steps.append(1)
+        self.seconds = 0 if len(steps) % 2 else 1e9
+        after(self, training)
+        if len(steps) == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoint, "after", interrupted)
+        yield
 
 
 def toy_data(

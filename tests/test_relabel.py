@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import generator, toy_data
+from helpers import generator, killed_after, toy_data
 
 from lib import nets
 from lib.augment import views
@@ -199,13 +199,9 @@ def test_evaluation_teaches_the_classes_and_is_cached(data, monkeypatch):
 # -- kept on the way, other numbers, hard labels ------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 12])
-def test_an_interrupted_training_ends_with_the_same_bits(data, tmp_path, monkeypatch, step, hard):
+def test_an_interrupted_training_ends_with_the_same_bits(data, tmp_path, step, hard):
     """Killed right after any step, with a checkpoint after every second one; dropout draws from PyTorch's own generator."""
     made = replace(some_set(data), weights=torch.linspace(0.5, 2, 12))
     teacher = None if hard else teacher_of(data)
@@ -223,19 +219,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(data, tmp_path, monkeyp
     whole, looks = train()
     assert looks == [1, 2, 3, 4]
     checkpoint = Checkpoint(tmp_path / "training", "key", seconds=0)
-    after, steps = Checkpoint.after, []
-
-    def interrupted(self, training):
-        steps.append(1)
-        self.seconds = 0 if len(steps) % 2 else 1e9
-        after(self, training)
-        if len(steps) == step:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoint, "after", interrupted)
-    with pytest.raises(Killed):
+    with killed_after(step):
         train(checkpoint)
-    monkeypatch.setattr(Checkpoint, "after", after)
     torch.rand(7)  # the process has drawn something else meanwhile
     found, looks = train(Checkpoint(tmp_path / "training", "key"))
     assert all(torch.equal(found[name], whole[name]) for name in whole)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import killed_after
 from PIL import Image
 
 from lib.data.imageset import Data
@@ -307,10 +308,6 @@ def test_networks_may_be_added_later(copy):
 # ------------------------------------------------------------------ kept on the way
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     ("name", "step"),
     [("squeeze 0", 1), ("squeeze 0", 12), ("squeeze 0", 23), ("recover 2", 1), ("recover 2", 4), ("recover 2", 6),
@@ -323,20 +320,10 @@ def test_a_unit_that_is_interrupted_goes_on_with_the_same_bits(finished, tmp_pat
     shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
     one = unit(run, name.split()[0], int(name.split()[1]))
     one.path(run).unlink()
-    after, steps = Checkpoint.after, []
-
-    def interrupted(self, training):
-        steps.append(1)
-        self.seconds = 0 if len(steps) % 2 else 1e9
-        after(self, training)
-        if len(steps) == step:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoint, "after", interrupted)
-    with pytest.raises(Killed):
+    with killed_after(step):
         run_unit(run, one, "cpu")
     assert list((run.folder / "checkpoints").iterdir()) and not one.path(run).exists()
-    taken = []
+    after, taken = Checkpoint.after, []
 
     def counted(self, training):
         taken.append(1)

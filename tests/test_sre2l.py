@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import generator, toy_data
+from helpers import generator, killed_after, toy_data
 
 from lib import nets
 from lib.augment import views
@@ -238,13 +238,9 @@ def test_augmented_training_is_repeatable(toy, augmentation):
     assert teachers.train_teacher(recipe, toy.train)(x).isfinite().all()
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
 @pytest.mark.parametrize("augmentation", ["none", "resized", "crop_flip"])
-def test_an_interrupted_teacher_ends_with_the_same_bits(toy, tmp_path, monkeypatch, augmentation, step):
+def test_an_interrupted_teacher_ends_with_the_same_bits(toy, tmp_path, augmentation, step):
     recipe = replace(QUICK, augmentation=augmentation, epochs=3, batch=25)
 
     def train(checkpoint=None):
@@ -253,19 +249,9 @@ def test_an_interrupted_teacher_ends_with_the_same_bits(toy, tmp_path, monkeypat
         teachers.fit(network, recipe, toy.train, g, checkpoint=checkpoint)
         return network.state_dict()
 
-    whole, after, steps = train(), Checkpoint.after, []
-
-    def interrupted(self, training):
-        steps.append(1)
-        self.seconds = 0 if len(steps) % 2 else 1e9
-        after(self, training)
-        if len(steps) == step:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoint, "after", interrupted)
-    with pytest.raises(Killed):
+    whole = train()
+    with killed_after(step):
         train(Checkpoint(tmp_path / "training", "key"))
-    monkeypatch.setattr(Checkpoint, "after", after)
     assert (tmp_path / "training").is_file()
     found = train(Checkpoint(tmp_path / "training", "key"))
     assert all(torch.equal(found[name], whole[name]) for name in whole)

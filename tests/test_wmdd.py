@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import generator, toy_data
+from helpers import Killed, generator, toy_data
 
 from lib import nets
 from lib.distill import distill
@@ -243,10 +243,6 @@ def test_blocks_alone_are_bit_for_bit_those_of_the_whole(toy, method):
     assert not torch.equal(
         method.recover_block(prepared, blocks[0], 6), whole.synset.images[blocks[0].rows(2)]
     )
-
-
-class Killed(Exception):
-    pass
 
 
 @pytest.mark.parametrize(

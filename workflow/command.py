@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lib.system.errors import CompanionError, choose
 from lib.system.files import ROOT, write_text
+from lib.system.terminal import Parser
 from workflow.machine import cores, memory_mb
 from workflow.state import alone, change, discard, expected_seconds, logs
 from workflow.summary import duration, print_list, print_plan, print_summary, result
@@ -23,13 +24,6 @@ from workflow.table import Request, Table, check_parameters, load, parameters_of
 
 EXECUTORS = ("local", "gpu", "slurm", "kubernetes")
 SHORTCUTS = ("dataset", "ipc", "seed")
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message: str):
-        raise CompanionError(message)
 
 
 def arguments(words: list[str]) -> argparse.Namespace:

@@ -10,7 +10,6 @@ For sets that are judged with a teacher's labels (SRe2L, WMDD): ``python -m lib.
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from dataclasses import replace
 
@@ -19,13 +18,7 @@ from lib.data.whitening import WHITENINGS
 from lib.evaluate import PROTOCOLS, evaluate, protocol
 from lib.synset.imported import SPACES, synsets
 from lib.system.errors import CompanionError
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message: str):
-        raise CompanionError(message)
+from lib.system.terminal import Parser, pair
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,26 +41,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def changes(words: list[str]) -> dict[str, object]:
-    """``["lr=0.02"]`` -> ``{"lr": 0.02}``."""
-    found = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise CompanionError(f"expected NAME=VALUE, not {word!r}")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
-
-
 def main(words: list[str] | None = None) -> int:
     given = parser().parse_args(words)
     whiten = given.space if given.space in WHITENINGS else None
     data = load(given.data, given.root, given.device, given.size, whiten)
     sets = synsets(given.path, data.train, given.space, given.labels)
-    chosen = protocol(given.protocol, data.train, **changes(given.set))
+    chosen = protocol(given.protocol, data.train, **dict(map(pair, given.set)))
     print(
         f"{given.path}: {len(sets)} sets of {len(sets[0].targets)} images, {given.data}, space {given.space}"
     )

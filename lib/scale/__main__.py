@@ -13,7 +13,6 @@ are kept once a minute in the folder `checkpoints` of the run.
 from __future__ import annotations
 
 import argparse
-import ast
 import signal
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from lib.scale.store import damage, done
 from lib.scale.units import STAGES, Unit, check, unit, units
 from lib.system.device import resolve_device
 from lib.system.errors import CompanionError, unknown
+from lib.system.terminal import Parser, pair
 
 COMMANDS = {
     "plan": "check a plan and write it into its folder",
@@ -35,13 +35,6 @@ COMMANDS = {
     "status": "how many units are there, per stage, and which files are damaged",
     "sizes": "units, arithmetic and bytes of every stage, by counting",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message: str):
-        raise CompanionError(message)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,18 +110,8 @@ def fields_of(given: argparse.Namespace) -> dict:
             fields[name] = value
     for name in ("options", "teacher", "relabel"):
         if (pairs := getattr(given, name)) is not None:
-            fields[name] = {**fields.get(name, {}), **dict(_pair(text) for text in pairs)}
+            fields[name] = {**fields.get(name, {}), **dict(map(pair, pairs))}
     return fields
-
-
-def _pair(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise CompanionError(f"expected NAME=VALUE, not {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def numbers(words: list[str]) -> list[int]:
