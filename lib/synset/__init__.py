@@ -6,20 +6,18 @@ import dataclasses
 import json
 import math
 import shutil
-import struct
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
 from lib.data.whitening import from_saved
 from lib.formation import DECODERS, Pixels
 from lib.system.errors import CompanionError, choose, integer
-from lib.system.files import write_tensors
+from lib.system.files import read_safetensors, write_tensors
 
 FORMAT = "distillation-companion/1"
 
@@ -210,17 +208,6 @@ def _parts(decoder: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     values = {field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return {name: value for name, value in values.items() if name not in tensors}, tensors
-
-
-def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header strings and tensors of a safetensors file, with one-line errors."""
-    if not Path(path).is_file():
-        raise CompanionError(f"no file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, struct.error) as error:
-        raise CompanionError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def class_major(classes: int, ipc: int, device: torch.device | str) -> Tensor:

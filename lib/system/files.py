@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,19 @@ def write_tensors(path: Path | str, tensors: dict, header: dict[str, str] | None
             safetensors.torch.save_file(tensors, temporary, metadata=header)
         except safetensors.SafetensorError as error:  # its error for a full disk is no OSError
             raise OSError(str(error)) from error
+
+
+def read_safetensors(path: Path | str) -> tuple[dict[str, str], dict]:
+    """Header strings and tensors of a safetensors file, with one-line errors."""
+    import safetensors
+
+    if not Path(path).is_file():
+        raise CompanionError(f"no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, struct.error) as error:
+        raise CompanionError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def write_text(path: Path | str, text: str) -> None:
