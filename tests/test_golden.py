@@ -53,6 +53,7 @@ def compare(case: str, name: str, want: np.ndarray, got: dict) -> str | None:
     for pattern, own in cases.TOLERANCE.items():
         if fnmatch.fnmatchcase(f"{case}/{name}", pattern):
             rtol, atol = own
-    error = np.abs(mine.astype(np.float64) - want.astype(np.float64))
-    bad = ~(error <= atol + rtol * np.abs(want.astype(np.float64)))
+    mine, want = mine.astype(np.float64), want.astype(np.float64)
+    error = np.where(np.isnan(mine) & np.isnan(want), 0.0, np.abs(mine - want))  # nan stands for "no value"
+    bad = ~(error <= atol + rtol * np.nan_to_num(np.abs(want)))
     return f"{name}: {bad.sum()} of {bad.size} entries off, by up to {error.max():.3g}" if bad.any() else None

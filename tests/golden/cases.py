@@ -22,6 +22,7 @@ import cases_dcc
 import cases_features
 import cases_idc
 import cases_kernels
+import cases_samplers
 import cases_selection
 import cases_unroll
 import cases_wmdd
@@ -225,7 +226,16 @@ INPUTS = {
 }
 
 
-for part in (cases_dcc, cases_features, cases_idc, cases_kernels, cases_selection, cases_unroll, cases_wmdd):
+for part in (
+    cases_dcc,
+    cases_features,
+    cases_idc,
+    cases_kernels,
+    cases_samplers,
+    cases_selection,
+    cases_unroll,
+    cases_wmdd,
+):
     CASES |= {function.__name__: function for function in part.CASES}
     TOLERANCE |= part.TOLERANCE
     INPUTS |= part.INPUTS
