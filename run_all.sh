@@ -142,9 +142,9 @@ set_up() {
   for pin in $(pins | tr '[:upper:]_' '[:lower:]-'); do
     grep -qE "^${pin//./\\.}( |\$)" requirements.lock || fail "requirements.lock lacks $pin of environment.yml: run ./run_all.sh lock"
   done
-  mkdir -p "$root/.setup"
+  mkdir -p "$root/.setup" "$(dirname "$env_dir")"
   if command -v flock >/dev/null; then
-    exec 9>"$root/.setup/lock"
+    exec 9>"$env_dir.lock" # beside the environment, which several clones may share
     flock 9 # a second call waits, then finds the work done
     if set_up_already; then return; fi
   fi
@@ -234,12 +234,20 @@ lock() {
 
 cores_here() { "$python" -c 'from workflow.machine import cores; print(cores())'; }
 
+# Whether a process holds this lock file; its id stands in it, for systems without flock.
+in_use() {
+  if command -v flock >/dev/null; then ! flock -n "$1" true; else kill -0 "$(awk '{print $1; exit}' "$1")" 2>/dev/null; fi
+}
+
 clean() {
-  local path
+  local path lock
   shopt -s nullglob
+  for lock in results/logs/*/lock results/logs/*/work/*/lock figures/.[!.]*/lock "$env_dir".lock; do
+    if [[ -e $lock ]] && in_use "$lock"; then fail "something is at work in $(dirname "$lock") (process $(awk '{print $1; exit}' "$lock")): wait for it or stop it, then clean"; fi
+  done
   for path in .cache .snakemake .setup .pytest_cache .ruff_cache .hypothesis ./*.egg-info results/logs results/cache results/*+*/ figures/*+*/ \
     results/*/*/executed*.ipynb \
-    figures/index.html figures/style.css figures/html figures/.*/ notebooks/.ipynb_checkpoints; do
+    figures/index.html figures/style.css figures/html figures/.[!.]*/ notebooks/.ipynb_checkpoints; do
     if [[ -e $path ]]; then
       echo "deleting ${path%/}"
       rm -rf -- "${path%/}"

@@ -20,7 +20,7 @@ import pytest
 from lib.methods import METHODS
 from lib.system import code
 from lib.system.errors import CompanionError
-from workflow import command, state, summary, table
+from workflow import command, place, state, summary, table
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("10_one", "20_two", "90_all")
@@ -114,7 +114,7 @@ def changes(root: Path, *names: str, **parameters) -> dict[str, str]:
     """The notebooks without a record of their present fingerprint, with what changed; their readers are not followed."""
     rows = table.load(root)
     request = table.Request("cpu", names or NAMES, parameters)
-    state.discard(root, rows, request)
+    place.discard(root, rows, request)
     made = state.logs(root, request.run) / "made"
     found = {}
     for name in request.notebooks:
@@ -128,6 +128,11 @@ def edit(path: Path, change) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def workplaces(root: Path) -> list[Path]:
+    """Folders that notebooks write into and that nobody has put in place."""
+    return [path for path in root.glob("results/logs/*/work/*/*") if path.is_dir()]
 
 
 def wait_for(condition) -> None:
@@ -170,7 +175,7 @@ def test_first_run_executes_all_and_summarises(finished):
         assert {path.name for path in (root / "results/cpu" / name).iterdir()} == {
             "executed.ipynb", "table.csv", "run.json"
         }  # fmt: skip
-    assert list((root / "results/logs/cpu/work").iterdir()) == []
+    assert workplaces(root) == []
     seen = json.loads((root / "results/cpu/10_one/run.json").read_text())
     expected = {
         "cwd": "notebooks",
@@ -188,6 +193,9 @@ def test_second_run_skips_everything_and_reports_the_gallery(project):
     (project / "workflow/pages/gallery.py").write_text("raise SystemExit(3)\n")
     done = call(project)
     assert not ran(done) and done.stdout.count("up to date") == 3
+    assert len(re.findall("^--- ", (project / "results/logs/cpu/snakemake.log").read_text(), re.M)) == 1, (
+        "of the first run"
+    )
     assert done.returncode == 1 and "FAILED  gallery; see results/logs/cpu/gallery.log" in done.stdout
 
 
@@ -390,7 +398,7 @@ def test_an_interrupted_run_loses_nothing_and_leaves_nothing_running(project):
     assert process.returncode == 130 and re.search(r"10_one +interrupted", output), output
     wait_for(lambda: not still_running(mark))
     assert {path: path.read_bytes() for path in (project / "results/cpu/10_one").iterdir()} == old
-    assert not (project / "results/logs/cpu/work/10_one").exists()
+    assert workplaces(project) == []
     assert changes(project) == {"10_one": "code cells changed"}
 
 
@@ -410,18 +418,53 @@ def test_a_killed_run_is_taken_up(project):
     assert done.returncode == 0 and ran(done) == {"10_one"}, done.stdout + done.stderr
 
 
-def test_old_results_stay_until_the_new_ones_are_there(tmp_path):
-    """The move itself: files of the old result that the new one lacks go, figures included."""
-    from workflow.execute import put_in_place
+class Killed(BaseException):
+    """In place of a signal that cannot be caught."""
 
-    work = tmp_path / "results/logs/cpu/work/10_one"
-    for base, name in ((tmp_path, "old"), (work, "new")):
-        for kind in ("results", "figures"):
-            (base / kind / "cpu/10_one").mkdir(parents=True)
-            (base / kind / "cpu/10_one" / name).touch()
-    put_in_place(work, tmp_path, "cpu", "10_one")
-    for kind in ("results", "figures"):
-        assert [path.name for path in (tmp_path / kind / "cpu/10_one").iterdir()] == ["new"]
+
+def test_a_process_killed_while_results_are_put_in_place_loses_none(tmp_path, monkeypatch):
+    """Killed before each call that changes a file, one after the other: what comes next finds the old results, or all the new ones."""
+    record = {"status": "ok", "ended": 1.0, "made_from": {"code": "x"}}
+    made = tmp_path / "results/logs/cpu/made" / state.file_name("10_one", record["made_from"])
+    left, real = 0, {name: getattr(os, name) for name in ("rename", "replace", "unlink", "mkdir", "rmdir")}
+
+    def counted(name):
+        def act(*words, **options):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return real[name](*words, **options)
+
+        return act
+
+    for allowed in range(100):
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
+        shutil.rmtree(tmp_path / "figures", ignore_errors=True)
+        work = tmp_path / "results/logs/cpu/work/10_one/abc"
+        for base, name in ((tmp_path, "old"), (work, "new")):
+            for kind in ("results", "figures"):
+                (base / kind / "cpu/10_one").mkdir(parents=True)
+                (base / kind / "cpu/10_one" / name).touch()
+        left, killed = allowed, False
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, counted(name))
+            try:
+                place.put_in_place(work, tmp_path, "cpu", "10_one", record)
+            except Killed:
+                killed = True
+        place.settle(tmp_path, "cpu", "10_one")
+        found = {
+            path.name
+            for kind in ("results", "figures")
+            for path in (tmp_path / kind / "cpu/10_one").iterdir()
+        }
+        assert found == ({"new"} if made.exists() else {"old"}), allowed
+        assert not any(work.parent.iterdir())
+        if not killed:
+            break
+    assert allowed > 5 and not killed and made.exists()
 
 
 def test_how_a_notebook_ended(project):
@@ -473,6 +516,76 @@ def test_clean_keeps_committed_results_environment_and_data(project):
         for path in drop
     )
     assert not (project / "results/cpu/10_one/executed.ipynb").exists()
+
+
+def test_clean_deletes_nothing_that_others_are_writing(project):
+    """A run, a notebook that outlived its run, a gallery under way: one line with the process, and everything stays."""
+    place_of = ("results/logs/cpu", "results/logs/cpu/work/10_one", "figures/.pages-abc")
+    for folder in map(project.joinpath, place_of):
+        with state.held(folder / "lock", "busy"):
+            done = call(project, "clean")
+            assert done.returncode == 1 and "deleting" not in done.stdout
+            assert done.stderr.count("\n") == 1 and f"(process {os.getpid()})" in done.stderr, done.stderr
+        assert (project / "results/logs/cpu/made").is_dir()
+    done = call(project, "clean")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert not (project / "figures/.pages-abc").exists() and not (project / "results/logs").exists()
+
+
+def test_a_lock_that_is_removed_while_somebody_waits_for_it_is_no_lock(tmp_path):
+    """As `clean` may do between a run's opening the file and locking it."""
+    path = tmp_path / "lock"
+    real, removed = fcntl.flock, []
+
+    def removes_it_first(file, how):
+        if not removed:
+            removed.append(path.unlink())
+        return real(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", removes_it_first)
+        with state.held(path, "first"), pytest.raises(CompanionError, match=f"second .process {os.getpid()}"):
+            with state.held(path, "second"):
+                pass
+
+
+def test_changed_parameters_and_a_look_change_no_file_of_the_repository(project):
+    """Not results of the plain profile, not pages, not notebooks; only what git ignores."""
+    shutil.copy2(ROOT / ".gitignore", project)
+    git = ["git", "-C", str(project), "-c", "user.name=x", "-c", "user.email=x@y.z"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    for words in (
+        ["--only", "10_one", "--ipc", "7"],
+        ["--list"],
+        ["--dry-run", "--force"],
+        ["--only", "20_two", "--seed", "0"],
+    ):
+        done = call(project, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        seen = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        assert seen.stdout == "", (words, seen.stdout)
+
+
+def test_a_process_left_behind_is_named(project):
+    """The launcher killed outright: who comes next is told which process still holds the folder, and how to stop it."""
+    mark = f"companion-{os.getpid()}-{time.time_ns()}"
+    process = started(project, INTERRUPT_TEST=mark)
+    launcher = int((project / "results/logs/cpu/lock").read_text().split()[0])
+    os.kill(launcher, signal.SIGKILL)
+    process.wait(timeout=LIMIT)
+    busy = call(project, "--only", "20")
+    found = re.search(r"going on \(process (\d+); `kill -INT -- -(\d+)` stops it\)", busy.stderr)
+    assert busy.returncode == 2 and found and found[1] == found[2] != str(launcher), busy.stderr
+    os.kill(int(found[1]), signal.SIGKILL)  # the scheduler, too: the notebook itself is left
+    wait_for(lambda: "is still at work" in call(project, "--only", "10").stderr)
+    found = re.search(
+        r"10_one is still at work \(process (\d+); `kill \1` stops it\)", call(project, "--only", "10").stderr
+    )
+    assert call(project, "--only", "20").returncode == 0, "another notebook may run"
+    os.kill(int(found[1]), signal.SIGTERM)
+    wait_for(lambda: not still_running(mark))
+    assert workplaces(project) == []
 
 
 def test_test_command_fails_if_either_part_fails(project):
@@ -577,6 +690,13 @@ def test_a_folder_is_looked_for_where_the_command_was_typed(tmp_path, monkeypatc
         command.request_of(command.arguments([*words[:-1], "folder:cats"]), table.load(ROOT))
     with pytest.raises(CompanionError, match="mnist has no small settings"):
         command.request_of(command.arguments([*words[:-1], "mnist"]), table.load(ROOT))
+
+
+def test_what_holds_anyway_is_no_changed_parameter():
+    """`--seed 0` is the plain run: a notebook and its launcher agree on the folder."""
+    words = ["run", "--only", "20_dm", "--seed", "0"]
+    request = command.request_of(command.arguments(words), table.load(ROOT))
+    assert request.run == "cpu" and request.parameters == {}
 
 
 def test_unknown_dataset_is_refused_before_anything_runs():

@@ -7,18 +7,20 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from lib.system.errors import CompanionError, choose
 from lib.system.files import ROOT, write_text
+from lib.system.naming import without_usual
 from lib.system.terminal import Parser
 from workflow.machine import cores, memory_mb
-from workflow.state import alone, change, discard, expected_seconds, logs
+from workflow.place import check_idle, discard
+from workflow.state import alone, expected_seconds, logs, reasons, record_name
 from workflow.summary import duration, print_list, print_plan, print_summary, result
 from workflow.table import Request, Table, check_parameters, load, parameters_of, request_from, select
 
@@ -69,7 +71,7 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
         from lib.companion.profiles import cases_of, profile_named
 
         cases_of(profile_named(given.profile), parameters["dataset"])
-    return Request(given.profile, chosen, parameters)
+    return Request(given.profile, chosen, without_usual(parameters))
 
 
 def located(dataset: str) -> str:
@@ -90,10 +92,11 @@ def located(dataset: str) -> str:
 # ------------------------------------------------------------------ Snakemake
 
 
-def snakemake(request: Request, given: argparse.Namespace, file: str = "request.json") -> list[str]:
-    """The call of Snakemake for this request, which is written to ``file``."""
-    folder, config = ROOT / "workflow", logs(ROOT, request.run) / file
-    write_text(config, json.dumps(request.config()))
+def snakemake(table: Table, request: Request, given: argparse.Namespace) -> list[str]:
+    """The call of Snakemake for this request, which is written to a file with the names of the records that it is to make."""
+    folder, config = ROOT / "workflow", logs(ROOT, request.run) / "request.json"
+    names = {nb: record_name(ROOT, table, request, nb) for nb in request.notebooks}
+    write_text(config, json.dumps(request.config() | {"records": names}))
     words = [
         sys.executable,
         "-m",
@@ -130,30 +133,8 @@ def accounting() -> bool:
         return False
 
 
-def plan(table: Table, request: Request, given: argparse.Namespace) -> dict[str, str]:
-    """The reason of every notebook that Snakemake would run, in words, "" for the others; in running order."""
-    given.executor = "local"
-    words = [*snakemake(request, given, "plan.json"), "--summary"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise CompanionError(f"Snakemake cannot plan: {' '.join(done.stderr.split())}")
-    # a row: file of the record, date, rule, log, status, plan
-    pending = re.findall(r"^\S*/made/(\w+)\.\w+\.json\t.*\tupdate pending$", done.stdout, re.M)
-    reasons: dict[str, str] = {}
-    for name in request.notebooks:
-        why = ""
-        if name in pending:
-            first = next(
-                (f"after {other}" for other in table.notebooks[name].reads if other in pending), "forced"
-            )
-            why = "forced" if given.force else change(ROOT, table, request, name) or first
-        reasons[name] = why
-    return reasons
-
-
-def announce(table: Table, request: Request, given: argparse.Namespace) -> None:
+def announce(table: Table, request: Request, pending: list[str]) -> None:
     """Say how many notebooks run and about how long that takes; their own lines count against it."""
-    pending = [nb for nb in request.notebooks if given.force or change(ROOT, table, request, nb)]
     known = [expected_seconds(ROOT, request.run, nb) for nb in pending]
     total, unknown = sum(filter(None, known)), known.count(None)
     about = (
@@ -168,25 +149,25 @@ def announce(table: Table, request: Request, given: argparse.Namespace) -> None:
     os.environ["COMPANION_PENDING"] = str(len(pending))
 
 
-def run(request: Request, given: argparse.Namespace) -> int:
+def run(table: Table, request: Request, given: argparse.Namespace, lock: IO[str]) -> int:
     """Run what Snakemake decides; its own messages go to a log file, the notebooks' lines to the terminal."""
     log, killed = logs(ROOT, request.run) / "snakemake.log", logs(ROOT, request.run) / "running"
-    words = snakemake(request, given)
+    words = snakemake(table, request, given)
     if given.executor in ("slurm", "kubernetes"):
         print(
             f"jobs go to {given.executor}; the scheduler's messages are in {log.relative_to(ROOT)}",
             flush=True,
         )
     if killed.exists():  # the last run could not take Snakemake's lock away
-        call([*words, "--unlock"], log)
+        call([*words, "--unlock"], log, lock)
     killed.touch()
     try:
-        return call(words, log)
+        return call(words, log, lock)
     finally:
         killed.unlink(missing_ok=True)
 
 
-def call(words: list[str], log: Path) -> int:
+def call(words: list[str], log: Path, lock: IO[str]) -> int:
     """Run a program with its messages appended to ``log``; an interruption is passed on to all it started, and awaited."""
     with open(log, "a", encoding="utf-8") as messages:
         messages.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {words}\n")
@@ -201,6 +182,8 @@ def call(words: list[str], log: Path) -> int:
             start_new_session=True,
             close_fds=False,
         )
+        lock.write(f"{process.pid} ")
+        lock.flush()
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -222,16 +205,45 @@ def _stop(process: subprocess.Popen) -> None:
 # ------------------------------------------------------------------ afterwards
 
 
-def build_gallery(request: Request) -> int:
-    """Tables and figures/index.html from whatever has run."""
+def build_gallery(request: Request, lock: IO[str]) -> int:
+    """Tables and figures/index.html from whatever has run, if anything has changed since they were built."""
     if not (ROOT / "workflow" / "pages" / "gallery.py").is_file():
         print("no gallery: workflow/pages/gallery.py does not exist")
         return 0
-    log = logs(ROOT, request.run) / "gallery.log"
-    done = call([sys.executable, "-m", "workflow.pages.gallery"], log)
+    index = ROOT / "figures" / "index.html"
+    if gallery_is_current(index):
+        return 0
+    log, begin = logs(ROOT, request.run) / "gallery.log", time.time()
+    done = call([sys.executable, "-m", "workflow.pages.gallery"], log, lock)
     if done:
         print(f"FAILED  gallery; see {log.relative_to(ROOT)}")
+    else:  # it shows what there was when it began
+        os.utime(index, (begin, begin))
     return done
+
+
+def gallery_is_current(index: Path) -> bool:
+    """Whether the index is younger than every result, notebook and piece of code that it is made of, and than the folders that
+    these lie in: one that lost a file has changed, too."""
+    if not index.is_file():
+        return False
+    made_of = (
+        "results/*",
+        "results/*/*",
+        "results/*/*/*",
+        "notebooks",
+        "notebooks/*",
+        "workflow/**/*",
+        "lib",
+        "lib/**/*",
+    )
+    built = index.stat().st_mtime_ns
+    files = (path for pattern in made_of for path in ROOT.glob(pattern))
+    return all(
+        path.stat().st_mtime_ns < built
+        for path in files
+        if "__pycache__" not in path.parts and path.relative_to(ROOT).parts[:2] != ("results", "logs")
+    )
 
 
 def refresh(executed: list[str]) -> int:
@@ -250,15 +262,17 @@ def main(words: list[str]) -> int:
             "refresh keeps the outputs of the plain cpu profile; it takes no other profile or parameters"
         )
     if given.list or given.dry_run:
-        reasons = plan(table, request, given)
-        print_list(table, request.run, reasons) if given.list else print_plan(reasons)
+        why = reasons(ROOT, table, request, given.force)
+        print_list(table, request.run, why) if given.list else print_plan(why)
         return 0
 
     discard(ROOT, table, request)
-    with alone(ROOT, request.run):
-        announce(table, request, given)
+    with alone(ROOT, request.run) as lock:
+        check_idle(ROOT, request)
+        pending = [name for name, why in reasons(ROOT, table, request, given.force).items() if why]
+        announce(table, request, pending)
         try:
-            status = run(request, given)
+            status = run(table, request, given, lock) if pending else 0
         except KeyboardInterrupt:
             status = 130
         results = {nb: result(ROOT, table, request, nb, begin, status == 130) for nb in request.notebooks}
@@ -270,7 +284,7 @@ def main(words: list[str]) -> int:
             print(f"the scheduler ended with status {status}; see {messages}/snakemake.log")
         if given.command == "refresh":
             status = refresh([one.path for one in results.values() if one.good]) or status
-        gallery = build_gallery(request)
+        gallery = build_gallery(request, lock)
     return 1 if status or gallery or not all(one.good for one in results.values()) else 0
 
 

@@ -15,23 +15,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, write_text
 from workflow.machine import one_gpu
-from workflow.state import (
-    EXECUTED,
-    FAILED,
-    expected_seconds,
-    file_name,
-    fingerprint,
-    folder,
-    logs,
-    records,
-    source,
-)
+from workflow.place import put_in_place, workplace
+from workflow.state import EXECUTED, FAILED, expected_seconds, fingerprint, folder, logs, source
 from workflow.summary import duration
 from workflow.table import Request, Table, load, request_from
 
@@ -52,21 +42,6 @@ def environment(root: Path, work: Path, run: str, threads: int) -> dict[str, str
     }
 
 
-@contextlib.contextmanager
-def workplace(root: Path, run: str, name: str, reads: tuple[str, ...]) -> Iterator[Path]:
-    """An empty folder to write into, laid out as the project and with the results that may be read linked; gone afterwards."""
-    work = logs(root, run) / "work" / name
-    shutil.rmtree(work, ignore_errors=True)
-    folder(work, run, name).mkdir(parents=True)
-    for other in reads:
-        if folder(root, run, other).is_dir():
-            folder(work, run, other).symlink_to(folder(root, run, other), target_is_directory=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def run_papermill(root: Path, name: str, parameters: dict, target: Path) -> None:
     """Execute into ``target``; raises what the failing cell raised as ``PapermillExecutionError``."""
     # jsonschema's check of URI formats, which notebooks do not have, costs a second at import
@@ -84,23 +59,6 @@ def run_papermill(root: Path, name: str, parameters: dict, target: Path) -> None
     )
 
 
-def put_in_place(work: Path, root: Path, run: str, name: str) -> None:
-    """Let the new results and figures take the place of the old ones; no signal comes between."""
-    stop = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
-    try:
-        for kind in ("results", "figures"):
-            new, place, old = (base / kind / run / name for base in (work, root, work / "old"))
-            old.parent.mkdir(parents=True, exist_ok=True)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                shutil.move(place, old)
-            if new.exists():
-                shutil.move(new, place)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)
-
-
 def first_line(error: BaseException) -> str:
     """What happened, in one line."""
     if hasattr(error, "ename"):
@@ -111,11 +69,24 @@ def first_line(error: BaseException) -> str:
 
 
 def execute(root: Path, table: Table, request: Request, name: str, threads: int) -> dict:
-    """Run the notebook and return its record (see :func:`workflow.state.records`)."""
+    """Run the notebook, put its results and record in place, and return its record (see :func:`workflow.state.records`)."""
     made_from = fingerprint(root, table, request, name)
     row, run = table.notebooks[name], request.run
     wants_gpu = row.resources[request.profile]["gpu"]
-    begin, status, error = time.perf_counter(), "ok", ""
+    begin = time.perf_counter()
+
+    def record(status: str, error: str = "") -> dict:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {
+            "status": status,
+            "seconds": round(time.perf_counter() - begin, 1),
+            # of the largest child that has ended, which is the kernel
+            "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6),
+            "error": error,
+            "ended": time.time(),
+            "made_from": made_from,
+        }
+
     with workplace(root, run, name, row.reads) as work:
         fresh = folder(work, run, name)
         os.environ.update(environment(root, work, run, threads))
@@ -126,35 +97,16 @@ def execute(root: Path, table: Table, request: Request, name: str, threads: int)
             absent = [output for output in table.outputs if not (fresh / output).is_file()]
             if absent:
                 raise CompanionError(f"the notebook ended without writing {', '.join(absent)}")
-            put_in_place(work, root, run, name)
+            done = record("ok")
+            put_in_place(work, root, run, name, done)
         except KeyboardInterrupt:
-            status, error = "interrupted", "interrupted"
+            done = record("interrupted", "interrupted")
         except Exception as failure:  # whatever the notebook did, its record must be written
-            status, error = "failed", first_line(failure)
+            done = record("failed", first_line(failure))
             folder(root, run, name).mkdir(parents=True, exist_ok=True)
             if (fresh / EXECUTED).is_file():
                 shutil.move(fresh / EXECUTED, folder(root, run, name) / FAILED)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "status": status,
-        "seconds": round(time.perf_counter() - begin, 1),
-        # of the largest child that has ended, which is the kernel
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6),
-        "error": error,
-        "ended": time.time(),
-        "made_from": made_from,
-    }
-
-
-def remember(root: Path, run: str, name: str, record: dict, wanted: Path) -> None:
-    """Write the record under its own name, in place of the earlier ones, and under the name that the scheduler waits for,
-    which is another one when tables that the notebook reads were made in the same run."""
-    text = json.dumps(record) + "\n"
-    if record["status"] == "ok":
-        for path, _ in records(root, run, name):
-            path.unlink(missing_ok=True)
-        write_text(logs(root, run) / "made" / file_name(name, record["made_from"]), text)
-    write_text(wanted, text)
+    return done
 
 
 def opening(root: Path, run: str, name: str) -> str:
@@ -172,6 +124,12 @@ def opening(root: Path, run: str, name: str) -> str:
     )
 
 
+def say(line: str) -> None:
+    """A line on the terminal in one piece: several notebooks write there at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(words: list[str] | None = None) -> int:
     """1 after an interruption; a notebook that failed has its record and stops nobody."""
     parser = argparse.ArgumentParser(prog="python -m workflow.execute", allow_abbrev=False)
@@ -183,14 +141,13 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     table = load(ROOT)
     request = request_from(json.loads(given.request), table)
-    print(opening(ROOT, request.run, given.notebook), flush=True)
+    say(opening(ROOT, request.run, given.notebook))
     done = execute(ROOT, table, request, given.notebook, given.threads)
-    print(
-        f"{done['status']:>11}  {given.notebook}  {done['seconds']} s  {done['error']}".rstrip(), flush=True
-    )
+    say(f"{done['status']:>11}  {given.notebook}  {done['seconds']} s  {done['error']}".rstrip())
     if done["status"] == "interrupted":
         return 1
-    remember(ROOT, request.run, given.notebook, done, given.record)
+    # the name that the scheduler waits for is another one than the record's own when tables that are read were made in the same run
+    write_text(given.record, json.dumps(done) + "\n")
     return 0
 
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from lib.methods import METHODS
 from lib.system.code import closure, imports, meaning, module_files, strings
@@ -74,20 +75,6 @@ def records(root: Path, run: str, name: str) -> Iterator[tuple[Path, dict]]:
     return iter(sorted(found, key=lambda pair: pair[1]["ended"], reverse=True))
 
 
-def discard(root: Path, table: Table, request: Request) -> None:
-    """Delete the records that name no result: of failures, of what was edited while it ran, of results that are gone.
-
-    While another process holds the folder (:func:`alone`) nothing is touched.
-    """
-    with contextlib.suppress(CompanionError), alone(root, request.run):
-        for name in request.notebooks:
-            there = [(folder(root, request.run, name) / output).is_file() for output in table.outputs]
-            for path, record in records(root, request.run, name):
-                good = record["status"] == "ok" and path.name == file_name(name, record["made_from"])
-                if not (good and all(there)):
-                    path.unlink(missing_ok=True)
-
-
 def expected_seconds(root: Path, run: str, name: str) -> float | None:
     """What the notebook took the last time, here or where its committed results were made; None if nobody knows."""
     seconds = next(
@@ -101,27 +88,75 @@ def expected_seconds(root: Path, run: str, name: str) -> float | None:
 
 
 @contextlib.contextmanager
-def alone(root: Path, run: str) -> Iterator[None]:
-    """One run per results folder at a time; the lock goes with the process and its children, however these end."""
-    path = logs(root, run) / "lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise CompanionError(f"cannot write to {path.parent}: {error.strerror}") from error
-    with file:
+def alone(root: Path, run: str) -> Iterator[IO[str]]:
+    """One run per results folder at a time; the lock goes with the process and its children, however these end.
+
+    Yields the lock's file, to which further processes that hold it are added: one that a killed process leaves behind can be named.
+    """
+    with held(logs(root, run) / "lock", f"another run into results/{run} is going on") as file:
         os.set_inheritable(file.fileno(), True)
+        yield file
+
+
+@contextlib.contextmanager
+def held(path: Path, what: str) -> Iterator[IO[str]]:
+    """Hold a lock file, in which the holder's process id stands.
+
+    Raises:
+        CompanionError: another process holds it; the line says ``what``, and which process.
+    """
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
-            by = f" (process {holder}; `kill {holder}` stops it)" if holder.isdigit() else ""
-            raise CompanionError(f"another run into results/{run} is going on{by}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")
+        except OSError as error:
+            raise CompanionError(f"cannot write to {path.parent}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise CompanionError(f"{what}{_by(file.read().split())}") from None
+            except OSError:
+                pass  # a file system without locks
+            if not _same_file(file, path):
+                continue  # somebody removed it between opening and locking
+            file.truncate(0)
+            file.write(f"{os.getpid()} ")
+            file.flush()
+            yield file
+            return
+
+
+def _same_file(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _by(processes: list[str]) -> str:
+    """Which of the holders is alive, and how it is stopped: itself, or the session of the one that it left behind."""
+    for number, process in enumerate(processes):
+        with contextlib.suppress(ProcessLookupError, PermissionError, ValueError):
+            os.kill(int(process), 0)
+            stop = f"kill {process}" if number == 0 else f"kill -INT -- -{process}"
+            return f" (process {process}; `{stop}` stops it)"
+    return ""
+
+
+def reasons(root: Path, table: Table, request: Request, force: bool = False) -> dict[str, str]:
+    """Why each notebook of the request has to run, in words; "" for one whose result is current and reads no table that is to change."""
+    why = {name: change(root, table, request, name) for name in request.notebooks}
+    if force:
+        return {name: reason or "forced" for name, reason in why.items()}
+
+    def after(name: str) -> str:
+        return next((f"after {nb}" for nb in table.notebooks[name].reads if why.get(nb)), "")
+
+    while late := {name: after(name) for name in why if not why[name] and after(name)}:
+        why |= late
+    return why
 
 
 def change(root: Path, table: Table, request: Request, name: str) -> str:

@@ -23,7 +23,7 @@ from lib.system.allocator import keep_large_blocks
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT, inside, write_text
 from lib.system.measure import Meter
-from lib.system.naming import BY_HAND, CASE_PARAMETERS, run_name, word
+from lib.system.naming import BY_HAND, CASE_PARAMETERS, run_name, without_usual, word
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 SEEDS = 2**32  # numpy takes no more
@@ -326,10 +326,7 @@ def _named(profile: str, parameters: dict) -> str:
     """The run's name: what ``run_all.sh`` calls it in ``$COMPANION_RUN``, if these are the parameters that it gave; a notebook that
     somebody runs by hand, in JupyterLab or with papermill, has a place of its own and replaces nothing.
     """
-    changed = {name: parameters.get(name) for name in CASE_PARAMETERS}
-    changed = {
-        name: value for name, value in changed.items() if value is not None and (name, value) != ("seed", 0)
-    }
+    changed = without_usual({name: parameters.get(name) for name in CASE_PARAMETERS})
     ours, given = run_name(profile, changed).split("+"), os.environ.get("COMPANION_RUN", "").split("+")
     cases = [part for part in given[1:] if part.split("=")[0] in CASE_PARAMETERS]
     return "+".join(given) if [given[0], *cases] == ours else run_name(profile, changed, BY_HAND)

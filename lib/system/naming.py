@@ -10,6 +10,15 @@ BY_HAND = "by-hand"  # part of the name of a run that run_all.sh did not start
 CASE_PARAMETERS = ("dataset", "ipc", "seed")  # of every notebook, apart from the profile
 
 
+def without_usual(parameters: Mapping[str, object]) -> dict[str, object]:
+    """The parameters without those of a case that say what holds anyway: none at all, and seed 0."""
+    return {
+        name: value
+        for name, value in parameters.items()
+        if name not in CASE_PARAMETERS or value is not None and (name, value) != ("seed", 0)
+    }
+
+
 def run_name(profile: str, changed: Mapping[str, object], *parts: str) -> str:
     """Name of the folder of a run under ``results/`` and ``figures/``, decided by its parameters: ``cpu``, or
     ``cpu+dataset=photos16+ipc=10``.

@@ -23,6 +23,7 @@ from lib.companion.verdicts import CONFIRMED, CONTRADICTED, FAILS, HOLDS, tally
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT
 from workflow.pages.page import notebook_body, shell, style_sheet
+from workflow.state import held
 
 TITLE = "Dataset distillation, side by side"
 LEAD = (
@@ -52,7 +53,10 @@ def build(root: Path, notebooks: Path | None = None) -> list[Path]:
     figures = root / "figures"
     try:
         figures.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=figures, prefix=".pages-", ignore_cleanup_errors=True) as made:
+        with (
+            tempfile.TemporaryDirectory(dir=figures, prefix=".pages-", ignore_cleanup_errors=True) as made,
+            held(Path(made) / "lock", "this gallery is being built"),  # `run_all.sh clean` leaves it alone
+        ):
             pages = write_pages(Path(made), root, notebooks or root / "notebooks", records)
             put_in_place(Path(made), figures)
     except OSError as error:
