@@ -421,3 +421,53 @@ def test_the_list_of_notebooks_comes_from_their_table_and_the_registry():
     assert "[20_dm](20_dm.ipynb)" in text and "Zhao & Bilen 2023" in text
     assert contents.methods_of("13_lcmat") == ["lcmat_c", "lcmat_s"]
     assert set(contents.FAMILIES) == {str(digit) for digit in range(10)}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of somebody's with a commit, and how to call git there."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+
+    def git(folder, *words) -> str:
+        call = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@y.z", *words]
+        return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
+
+    def make(folder) -> str:
+        folder.mkdir(exist_ok=True)
+        git(folder, "init", "-q")
+        (folder / "file").write_text("x")
+        git(folder, "add", "file")
+        git(folder, "commit", "-qm", "x")
+        return git(folder, "rev-parse", "HEAD")
+
+    return tmp_path / "theirs", make, git
+
+
+def test_the_commit_is_that_of_the_project_or_none(repository, monkeypatch):
+    """Not that of a repository around it, nor of one that the environment names, also where the project's files are part of it."""
+    theirs, make, git = repository
+    other = make(theirs)
+    project = theirs / "vendored" / "companion"
+    project.mkdir(parents=True)
+    (project / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "ROOT", project)
+    none = {"commit": None, "dirty": None}
+    assert provenance.git_state() == none
+    git(theirs, "add", "-A")
+    git(theirs, "commit", "-qm", "with the project")
+    assert provenance.git_state() == none
+    monkeypatch.setenv("GIT_DIR", str(theirs / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(project))
+    assert provenance.git_state() == none
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name)
+    own = make(project)
+    monkeypatch.setenv("GIT_DIR", str(theirs / ".git"))
+    assert own != other and provenance.git_state() == {"commit": own, "dirty": True}  # a.py is not in it
+    monkeypatch.delenv("GIT_DIR")
+    git(project, "add", "a.py")
+    git(project, "commit", "-qm", "y")
+    git(project, "worktree", "add", "-q", str(theirs / "tree"))
+    monkeypatch.setattr(provenance, "ROOT", theirs / "tree")
+    assert provenance.git_state() == {"commit": git(project, "rev-parse", "HEAD"), "dirty": False}

@@ -233,3 +233,18 @@ def test_the_command_judges_a_released_set(tmp_path, capsys):
     refused(lambda: main([*words, "--set", "epochs"]), "expected NAME=VALUE, not 'epochs'")
     refused(lambda: main([*words[:2], "digit"]), "unknown dataset 'digit' (did you mean 'digits'?)")
     refused(lambda: main([words[0]]), "--data")
+
+
+def test_weights_of_an_exported_coreset_are_read_with_its_images(tmp_path):
+    data = toy_data()
+    codes = data.train.sample(2, generator(3)).flatten(0, 1)
+    weights = torch.tensor([141.0, 1.0, 142.0, 4.0, 0.5, 7.0])
+    synset = SyntheticSet(
+        codes, class_major(3, 2, "cpu"), data.train.classes, data.train.transform, weights=weights
+    )
+    (found,) = synsets(synset.export(tmp_path / "out"), data.train)
+    assert found.weights.tolist() == weights.tolist()
+    assert torch.equal(found.labels, synset.labels)
+    (tmp_path / "out/images.csv").write_text("file,weight\nx.png,1\n")
+    with pytest.raises(CompanionError, match="does not fit the images beside it"):
+        synsets(tmp_path / "out", data.train)

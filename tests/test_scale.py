@@ -181,7 +181,7 @@ def test_training_is_that_of_the_notebooks(tmp_path):
 def test_weights_of_barycenters_reach_the_training(finished):
     """The toy plan's atoms are those of k-means: unequal masses, one weight per image, the same as from the one loop."""
     weights = the_set(finished).weights
-    assert weights.shape == (20,) and torch.equal(weights, shown(finished, "cpu").weights)
+    assert weights.shape == (20,) and torch.equal(weights, shown(finished, "cpu").image_weights)
     assert torch.allclose(weights.view(10, 2).sum(1), torch.ones(10)) and not torch.allclose(
         weights, weights[:1]
     )

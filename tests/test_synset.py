@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
+import re
 import resource
 from dataclasses import replace
 
@@ -364,11 +366,124 @@ def test_class_names_cannot_leave_the_folder(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"inner"} and {
         p.name for p in (tmp_path / "inner").iterdir()
     } == {"out"}
-    assert {p.name for p in out.iterdir()} == {"train", "train.parquet", "README.md"}
+    assert {p.name for p in out.iterdir()} == {
+        "train", "train.parquet", "README.md", "set.safetensors", "images.csv", "classes.csv"
+    }  # fmt: skip
     folders = sorted(p.name for p in (out / "train").iterdir())
     assert folders == folder_names(names) and len(set(folders)) == 11
     assert all("/" not in name and name[0].isdigit() and len(name.encode()) < 200 for name in folders)
     assert ImageFolder(out / "train").targets == list(range(11))
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_mangled_class_names_keep_their_mapping(tmp_path):
+    import pyarrow.parquet as pq
+
+    names = ("a/b", "naïve 日本 $x$", 'say "no", twice')
+    synset = replace(make(), classes=names)
+    out = synset.export(tmp_path / "out")
+    rows = rows_of(out / "classes.csv")
+    assert tuple(row["class"] for row in rows) == names
+    assert [row["folder"] for row in rows] == sorted(p.name for p in (out / "train").iterdir())
+    assert [(int(row["label"]), int(row["images"])) for row in rows] == [(0, 2), (1, 2), (2, 2)]
+    features = json.loads(pq.read_schema(out / "train.parquet").metadata[b"huggingface"])["info"]["features"]
+    assert tuple(features["label"]["names"]) == names
+
+
+@pytest.mark.parametrize("kind", ["standardise", "zca", "zca-kip"])
+def test_an_export_drops_nothing(kind, tmp_path):
+    """Weights, positions, soft labels, step sizes, the formation and the numbers of the preprocessing: exactly, and by table."""
+    import pyarrow.parquet as pq
+
+    synset = make(kind, soft=True, decoder=Mosaic(2), **FULL)
+    out = synset.export(tmp_path / "out")
+    back = SyntheticSet.load(out / "set.safetensors")
+    for name, tensor in synset.tensors().items():
+        assert torch.equal(back.tensors()[name], tensor), name
+    assert back.header() == synset.header()
+    table, rows = pq.read_table(out / "train.parquet"), rows_of(out / "images.csv")
+    for name, want in (("weight", synset.weights), ("index", synset.indices)):
+        want = want.repeat(4)  # of the cells of the mosaics
+        assert torch.equal(torch.tensor(table[name].to_pylist(), dtype=want.dtype), want)
+        assert torch.equal(torch.tensor([float(row[name]) for row in rows]).to(want.dtype), want)
+    for row, png in zip(rows, table["image"].to_pylist(), strict=True):
+        assert (out / row["file"]).read_bytes() == png["bytes"] and row["class"] in row["file"]
+    card = (out / "README.md").read_text()
+    assert "0.0123456789"[:8] in card and '"factor": 2' in card and "weighted" in card
+    said = json.loads(re.search("^Preprocessing: `(.*)`$", card, re.M)[1])
+    for name, tensor in synset.transform.tensors().items():
+        where = f"transform.{name} in set.safetensors"
+        assert where in said[name] if tensor.numel() > 64 else torch.equal(torch.tensor(said[name]), tensor)
+
+
+def test_the_card_alone_is_enough_to_preprocess(tmp_path):
+    """(x - mean) / std with the numbers of the card gives the training images, but for the rounding that it states."""
+    from PIL import Image
+
+    synset = make(spread=0.2)
+    out = synset.export(tmp_path / "out")
+    said = json.loads(re.search("^Preprocessing: `(.*)`$", (out / "README.md").read_text(), re.M)[1])
+    mean, std = (torch.tensor(said[name])[:, None, None] for name in ("mean", "std"))
+    pixels = [np.array(Image.open(out / row["file"])) for row in rows_of(out / "images.csv")]
+    x = (torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
+    assert (x - synset.images).abs().max() <= 0.51 / 255 / std.min()
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_a_class_without_images(empty, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    synset, keep = make(), make().labels != empty
+    synset = replace(synset, codes=synset.codes[keep], labels=synset.labels[keep])
+    said = message(synset.export, tmp_path / "out")
+    assert f"the class {CLASSES[empty]!r} has no image" in said and "allow_empty=True" in said
+    assert list(tmp_path.iterdir()) == []
+    out = synset.export(tmp_path / "out", allow_empty=True)
+    assert sorted(ImageFolder(out / "train", allow_empty=True).targets) == synset.labels.tolist()
+    assert "1 of 3 classes have no image" in (out / "README.md").read_text()
+
+
+def test_two_exports_at_once_leave_one(tmp_path, monkeypatch):
+    """The second finds the folder that was not there when it began."""
+    out, real = tmp_path / "out", os.rename
+
+    def late(source, target):
+        if not out.exists():
+            monkeypatch.setattr(os, "rename", real)
+            make(spread=2.0).export(out)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert "cannot export" in message(make().export, out)
+    assert torch.equal(SyntheticSet.load(out / "set.safetensors").codes, make(spread=2.0).codes)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_meta_of_other_libraries_is_kept_as_plain_values(tmp_path):
+    meta = {"rate": np.float32(0.5), "steps": np.int64(3), "path": torch.tensor([1.0, 2.0])}
+    back = SyntheticSet.load(make(meta=meta).save(tmp_path / "s"))
+    assert back.meta == {"rate": 0.5, "steps": 3, "path": [1.0, 2.0]}
+    assert "the meta of a set holds a set; allowed" in message(make(meta={"x": {1}}).save, tmp_path / "t")
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_weights_of_mosaics_count_for_every_cell(labels):
+    data = toy_data()
+    codes, hard = data.train.sample(2, generator(3)).flatten(0, 1), class_major(3, 2, "cpu")
+    given = hard if labels == "hard" else torch.eye(3)[hard]
+    weights = torch.tensor([1.0, 5.0, 2.0, 1.0, 9.0, 3.0])
+    mosaic = SyntheticSet(codes, given, data.train.classes, data.train.transform, Mosaic(2), weights=weights)
+    plain = replace(
+        mosaic, codes=mosaic.images, labels=mosaic.targets, weights=mosaic.image_weights, decoder=Pixels()
+    )
+    assert mosaic.image_weights.tolist() == 4 * weights.tolist()
+    small = protocol("cpu-small", network="convnet-d2-w4", epochs=6, lr=0.1)
+    one, other = (evaluate(synset, data, small, 0, 2).accuracy for synset in (mosaic, plain))
+    assert torch.equal(one, other)
 
 
 def test_order_of_many_classes_is_the_label_order():

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -23,16 +24,20 @@ OUTPUTS = (":!results", ":!figures", ":!notebooks", ":!benchmarks/results.md")
 
 
 def git_state() -> dict:
-    """``{"commit": sha or None, "dirty": bool or None}``; None outside a repository or without git."""
-    commit = _git("rev-parse", "HEAD")
+    """``{"commit": sha or None, "dirty": bool or None}``; None without git, and where the project is no repository of its own:
+    one that it merely lies in, or that ``$GIT_DIR`` names, says nothing about it."""
+    top = _git("rev-parse", "--show-toplevel")
+    commit = _git("rev-parse", "HEAD") if top and Path(top).resolve() == ROOT.resolve() else None
     changes = _git("status", "--porcelain", "--", ".", *OUTPUTS) if commit else None
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
 def _git(*words: str) -> str | None:
+    # as set in hooks and by some editors, for another repository
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+            ["git", *words], cwd=ROOT, env=own, capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

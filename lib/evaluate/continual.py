@@ -59,6 +59,8 @@ class Memory:
                 raise CompanionError(f"class {c} ({self.classes[c]!r}) is in the memory already")
         if len(synset.classes) != len(stage):
             raise CompanionError(f"a set of {len(synset.classes)} classes for a stage of {len(stage)}")
+        if self.sets and (self.sets[0].weights is None) != (synset.weights is None):
+            raise CompanionError("a memory holds sets with sample weights or sets without, not both")
         return replace(self, stages=(*self.stages, stage), sets=(*self.sets, synset))
 
     @property
@@ -66,8 +68,8 @@ class Memory:
         """All kept images, decoded, with labels among all classes; soft labels get zeros for the classes of other stages."""
         labels = [self._labels(stage, one) for stage, one in zip(self.stages, self.sets, strict=True)]
         images = torch.cat([one.images.detach() for one in self.sets])
-        weights = [one.weights for one in self.sets]
-        weights = None if any(w is None for w in weights) else torch.cat(weights)
+        weights = [one.image_weights for one in self.sets]
+        weights = None if weights[0] is None else torch.cat(weights)
         return SyntheticSet(images, torch.cat(labels), self.classes, self.sets[0].transform, weights=weights)
 
     def _labels(self, stage: tuple[int, ...], synset: SyntheticSet) -> Tensor:

@@ -120,7 +120,7 @@ def _accuracies(sets: list[SyntheticSet], pairs, test, protocol: Protocol, seed:
         )
     weights = None
     if chosen[0].weights is not None:
-        weights = torch.stack([s.weights for s in chosen]).to(test.device)
+        weights = torch.stack([s.image_weights for s in chosen]).to(test.device)
     train(networks, images, labels, generators, protocol, test, weights, _rate(chosen[0], protocol))
     return accuracy(predict(networks, test.images), test)
 

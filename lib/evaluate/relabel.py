@@ -353,7 +353,8 @@ def train_by_distillation(
                 else:
                     target = known[b * protocol.batch :][: len(x)]
                 losses = divergence(outputs, target, protocol.temperature)
-            weights = None if synset.weights is None else synset.weights[view.rows.to(images.device)]
+            weights = synset.image_weights
+            weights = None if weights is None else weights[view.rows.to(images.device)]
             loss = weighted_mean(losses, weights)
             update(optimiser, parameters, loss.sum())
             checkpoint.kept["loss"] = loss.detach()

@@ -149,7 +149,7 @@ class Shown:
 
     images: Images
     hard_labels: Tensor
-    weights: Tensor | None = None
+    image_weights: Tensor | None = None
 
 
 def the_images(run: Run, device: torch.device | str) -> Images:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -59,6 +60,11 @@ class SyntheticSet:
     def targets(self) -> Tensor:
         """Labels of :attr:`images`."""
         return self.decoder.labels(self.labels)
+
+    @property
+    def image_weights(self) -> Tensor | None:
+        """Weights of :attr:`images`."""
+        return None if self.weights is None else self.decoder.labels(self.weights)
 
     @property
     def soft(self) -> bool:
@@ -129,7 +135,9 @@ class SyntheticSet:
             else "whitened",
             "meta": self.meta,
         }
-        return {"format": FORMAT, "about": json.dumps(about, sort_keys=True)}
+        from lib.synset.export import as_plain
+
+        return {"format": FORMAT, "about": json.dumps(about, sort_keys=True, default=as_plain)}
 
     def save(self, path: Path | str) -> Path:
         """Write the exact tensors and all metadata to one safetensors file, atomically."""
@@ -179,12 +187,15 @@ class SyntheticSet:
                 f"{path} is damaged: its header or tensors are incomplete ({error})"
             ) from error
 
-    def export(self, folder: Path | str) -> Path:
+    def export(self, folder: Path | str, allow_empty: bool = False) -> Path:
         """Write the set so that others open it without us: ``train/<class>/<id>.png`` (hard labels), ``train.parquet``
-        (soft labels; readable by Hugging Face ``datasets``) and a data card ``README.md``, which states the 8-bit loss.
+        (soft labels and weights; readable by Hugging Face ``datasets``), the same as tables, the exact set, and a data card
+        ``README.md`` with the preprocessing and the 8-bit loss.
 
+        Args:
+            allow_empty: a class without an image gets an empty folder; torchvision's ``ImageFolder`` must be told so, too.
         Raises:
-            CompanionError: the folder exists and is not empty, or cannot be written.
+            CompanionError: the folder exists and is not empty, or cannot be written; a class without an image.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -194,10 +205,8 @@ class SyntheticSet:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
                 from lib.synset.export import write
 
-                write(self, Path(temporary) / "set")
-                if folder.exists():
-                    folder.rmdir()
-                shutil.move(Path(temporary) / "set", folder)
+                write(self, Path(temporary) / "set", allow_empty)
+                os.rename(Path(temporary) / "set", folder)  # over an empty folder, too, and over no other
         except OSError as error:
             raise CompanionError(f"cannot export to {folder}: {error.strerror or error}") from error
         return folder

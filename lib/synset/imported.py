@@ -15,6 +15,7 @@ whitened images is tested on whitened images. Nothing in a file is executed: ``t
 
 from __future__ import annotations
 
+import csv
 import pickle
 import re
 import warnings
@@ -31,20 +32,23 @@ from lib.data.images import WORKERS, decode_all, files_below, visible
 from lib.data.subsets import SUBSETS
 from lib.data.whitening import WHITENINGS
 from lib.synset import SyntheticSet, class_major
+from lib.synset.export import IMAGES
 from lib.system.errors import CompanionError, unknown
 
 SPACES = ("normalised", "unit", *WHITENINGS)
-IMAGES = ("images", "image_syn", "data", "x")
+PIXELS = ("images", "image_syn", "data", "x")
 LABELS = ("labels", "label_syn", "targets", "y")
 NUMBER = re.compile(r"\D*(\d+)(\D.*)?")
 
 
 @dataclass(frozen=True)
 class Released:
-    """What a file holds: images ``(m, c, h, w)``, bytes or numbers of some space, and labels ``(m,)`` or ``(m, C)``."""
+    """What a file holds: images ``(m, c, h, w)``, bytes or numbers of some space, labels ``(m,)`` or ``(m, C)``, and weights ``(m,)``
+    where an export of ours has some."""
 
     images: Tensor
     labels: Tensor
+    weights: Tensor | None = None
 
 
 def synsets(
@@ -74,6 +78,7 @@ def synsets(
             one.labels.to(like.device),
             like.classes,
             like.transform,
+            weights=None if one.weights is None else one.weights.to(like.device),
             meta=about | {"ipc": len(one.images) / like.num_classes},
         )
         for one in found
@@ -160,12 +165,12 @@ def _pairs(path: Path, content: Any, labels: Any, classes: int) -> list[tuple[An
             and all(isinstance(run, (list, tuple)) and len(run) == 2 for run in runs)
         ):
             return [tuple(run) for run in runs]
-        x, y = ([name for name in names if name in content] for names in (IMAGES, LABELS))
+        x, y = ([name for name in names if name in content] for names in (PIXELS, LABELS))
         if not x or not (y or labels is not None):
             names = ", ".join(map(str, list(content)[:8])) or "none"
             raise CompanionError(
                 f"{path} has the keys {names}; needed: data with runs of [images, labels], "
-                f"or one of {', '.join(IMAGES)} with one of {', '.join(LABELS)}"
+                f"or one of {', '.join(PIXELS)} with one of {', '.join(LABELS)}"
             )
         return [(content[x[0]], content[y[0]] if labels is None else labels)]
     if isinstance(content, (list, tuple)) and len(content) == 2 and isinstance(content[0], Tensor):
@@ -264,7 +269,23 @@ def _folder(folder: Path, name: str, classes: tuple[str, ...], shape: tuple[int,
         paths += found
         of += [label] * len(found)
     with ThreadPoolExecutor(WORKERS) as pool:
-        return Released(decode_all(paths, shape[-1], shape[0], pool), torch.tensor(of))
+        return Released(
+            decode_all(paths, shape[-1], shape[0], pool), torch.tensor(of), _folder_weights(folder, paths)
+        )
+
+
+def _folder_weights(folder: Path, paths: list[Path]) -> Tensor | None:
+    """The weights of images that :meth:`SyntheticSet.export` wrote."""
+    table = folder / IMAGES
+    if not table.is_file():
+        return None
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            rows = {row["file"]: row for row in csv.DictReader(file)}
+        mine = [rows[path.relative_to(folder).as_posix()].get("weight") for path in paths]
+        return None if None in mine else torch.tensor([float(weight) for weight in mine])
+    except (KeyError, ValueError, csv.Error) as error:
+        raise CompanionError(f"{table} does not fit the images beside it ({error})") from error
 
 
 def _folder_labels(base: Path, names: list[str], data: str, classes: tuple[str, ...]) -> dict[str, int]:
