@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.match.memory import Memory, diversity, mean_over_classes, representativeness
+from lib.match.latent_memory import Memory, diversity, mean_over_classes, representativeness
 from lib.nets.generators import dit
 from lib.nets.generators.diffusion import Diffusion, guided_output, halves
 from lib.nets.generators.dit import DiT

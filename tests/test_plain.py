@@ -16,6 +16,7 @@ from lib.match.style import Diversity, Gram, Moments
 from lib.methods import METHODS
 from lib.methods import method as class_of
 from lib.nets.experts import Experts
+from lib.nets.generators.gan import ACGAN
 from lib.nets.starts import Fixed, Pretrained
 from lib.nets.supply import Fresh, Queue
 from lib.plain import plain, text
@@ -103,6 +104,12 @@ MTT = class_of("mtt")(
 DD = class_of("dd")(
     iterations=5, steps=2, epochs=2, rate=0.2, lr=0.05, decay_every=2, real_batch=25, networks=2, network=NET
 )
+DIM = class_of("dim")(
+    prior=ACGAN(
+        steps=3, lr=1e-3, batch=8, noise=5, width=4, least=2, convs=(1, 0), critic_width=4, critic_convs=2, penalty_every=2
+    ),
+    iterations=9, lr=1e-3, batch=16, weight=1.0, pool=(NET, "resnet18-w2-batch"), network_steps=2, renew_every=2,
+)  # fmt: skip
 ESP = class_of("esp")(
     iterations=6,
     window=3,
@@ -150,6 +157,10 @@ CASES = {
         Case(DD, ipc=4),
         Case(replace(DD, init="real", start=Fixed(), networks=1, gradient="recompute")),
         Case(replace(DD, start=Pretrained(replace(EXPERTS, adam=True), epochs=2), attack=(0, 1))),
+    ],
+    "dim": [
+        Case(DIM),
+        Case(replace(DIM, renew_every=None, augmentation="none", pool=(NET,)), ipc=1, channels=3),
     ],
     "esp": [Case(ESP, atol=1e-3), Case(replace(ESP, augmentation="none"), atol=1e-4)],
     "haba": [
@@ -213,6 +224,7 @@ CASES["gradmatch"].append(Case(class_of("gradmatch")(rule="gradmatch", proxy=PRO
     [(name, case) for name, cases in CASES.items() for case in cases],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.filterwarnings("ignore:the prior")  # trained for three steps
 def test_the_method_equals_its_plain_version(name, case):
     train = toy_data(per_class=case.per_class, channels=case.channels).train
     got = distill(case.method, train, case.ipc, 5)

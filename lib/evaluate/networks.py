@@ -126,9 +126,17 @@ def _accuracies(sets: list[SyntheticSet], pairs, test, protocol: Protocol, seed:
 
 
 def train(
-    networks, images, labels, generators, protocol: Protocol, data, weights=None, lr: float | None = None
+    networks,
+    images,
+    labels,
+    generators,
+    protocol: Protocol,
+    data,
+    weights=None,
+    lr: float | None = None,
+    after_epoch=None,
 ) -> None:
-    """Train K networks on ``(K or 1, m, ...)`` images under a protocol, in place."""
+    """Train K networks on ``(K or 1, m, ...)`` images under a protocol, in place; ``after_epoch`` as in ``sgd_steps``."""
     rate, fresh = schedule(protocol.schedule, lr or protocol.lr, protocol.epochs)
     sgd_steps(
         networks,
@@ -146,6 +154,7 @@ def train(
         cutmix=protocol.cutmix,
         weights=weights,
         fresh_at=fresh,
+        after_epoch=after_epoch,
     )
 
 

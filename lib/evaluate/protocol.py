@@ -133,6 +133,10 @@ PROTOCOLS = {
             "datadam", epochs=1800, batch=64, augmentation="data",
             source="DataDAM's code; the paper's table halves the rate every 15 epochs and names no number of epochs",
         ),
+        Protocol(
+            "dim", epochs=1000, batch=128, schedule="constant", augmentation="color_crop", mode="idc", networks=1,
+            source="DiM's code, there with new images in every epoch (lib.evaluate.fresh) and the best of five tests",
+        ),
         Protocol("ddm", epochs=1000, augmentation="data", networks=5, source="DDM's code: DM's evaluation, 5 networks"),
         Protocol("dcbench", epochs=1000, augmentation="data", networks=5, source="DC-BENCH with DSA; 300 epochs without"),
         Protocol("ddranking", epochs=1000, augmentation="data", labels="hard", networks=1, source="DD-Ranking, hard labels"),

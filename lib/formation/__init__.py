@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lib.data.imageset import draw
 from lib.formation.channels import CYCLES, PLANES, ChannelMix
+from lib.formation.generated import Generated
 from lib.formation.hallucinators import Hallucinators
 from lib.formation.mosaic import Mosaic
 from lib.formation.pixels import Pixels
@@ -33,6 +34,7 @@ __all__ = [
     "DECODERS",
     "PLANES",
     "ChannelMix",
+    "Generated",
     "Hallucinators",
     "Mosaic",
     "MultiFormation",
@@ -50,6 +52,7 @@ DECODERS = {
     "multi-formation": MultiFormation,
     "channel-mix": ChannelMix,
     "hallucinators": Hallucinators,
+    "generated": Generated,
 }
 
 

@@ -76,6 +76,7 @@ METHODS = {
     "mtt": _entry("MTT", "Cazenavette et al. 2022", "2203.11932", "14_mtt", "mtt:MTT"),
     "esp": _entry("ESP", "Ma et al. 2023", "", "50_esp", "esp:ESP", reconstruction=True),
     "haba": _entry("HaBa", "Liu et al. 2022", "2210.16774", "45_haba", "haba:HaBa"),
+    "dim": _entry("DiM", "Wang et al. 2023", "2303.04707", "42_dim", "dim:DiM"),
     "frepo": _entry("FRePo", "Zhou et al. 2022", "2206.00719", "52_frepo", "frepo:FRePo"),
 } | {
     rule: _entry(title, paper, "", "80_selection", "selection:Coreset", fields={"rule": rule}, recipes="CORESETS")

@@ -335,3 +335,15 @@ def gradients(z: Tensor, h: Tensor, y: Tensor) -> Tensor:
     its logits ``(n, C)``, inputs ``(n, d)`` and labels."""
     e = z.softmax(1) - F.one_hot(y, z.shape[1])
     return torch.cat([e, (e[:, :, None] * h[:, None, :]).flatten(1)], 1)
+
+
+def critic_loss(D, x, y, x_, y_, p, penalised: bool, g: torch.Generator) -> Tensor:
+    r"""DiM's critic: $D_s(\hat x)-D_s(x)$, both classes, and in some steps how far its slope between them is from 1."""
+    (source, classes), (source_, classes_) = D(x), D(x_)
+    loss = source_.mean() - source.mean() + F.cross_entropy(classes_, y_) + F.cross_entropy(classes, y)
+    if not penalised:
+        return loss
+    alpha = torch.rand(len(y), generator=g)[:, None, None, None]
+    between = (alpha * x + (1 - alpha) * x_).requires_grad_()
+    (slope,) = torch.autograd.grad(D(between)[0].sum(), between, create_graph=True)
+    return loss + p.penalty * p.penalty_every * ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()

@@ -1,12 +1,33 @@
-"""Cases of the methods that sample: Minimax diffusion."""
+"""Cases of the methods that sample: DiM and Minimax diffusion."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from arrays import Arrays, t
 
-from lib.match.memory import Memory, diversity, mean_over_classes, representativeness
+from lib.match.latent_memory import Memory, diversity, mean_over_classes, representativeness
+from lib.match.seen import GAPS, feature_gap, logit_gap
 from lib.nets.generators.diffusion import Diffusion
+from lib.nets.generators.gan import gradient_penalty
+
+LOGITS, FEATURES = 0.01, 0.001  # the published weights
+
+
+def dim_losses(a: Arrays) -> Arrays:
+    syn = t(a["logits_syn"]).requires_grad_()
+    loss = LOGITS * logit_gap(t(a["logits_real"]), syn)
+    layers = sum(name.startswith("feat_real_") for name in a)
+    real, fake = ([t(a[f"feat_{kind}_{i}"]) for i in range(layers)] for kind in ("real", "syn"))
+
+    def source(x: torch.Tensor) -> torch.Tensor:
+        h = F.conv2d(x, t(a["gp_conv_w"]), t(a["gp_conv_b"]), padding=1)
+        return F.linear(h.tanh().mean((2, 3)), t(a["gp_fc_w"]), t(a["gp_fc_b"]))[:, 0]
+
+    images = (t(a[f"gp_img_{kind}"]) for kind in ("real", "syn"))
+    out = {"logit_match_loss": loss, "logit_match_grad_syn": torch.autograd.grad(loss, syn)[0]}
+    out |= {f"feat_match_{gap}": FEATURES * feature_gap(real, fake, gap) for gap in GAPS}
+    return out | {"gp_value": gradient_penalty(source, *images, t(a["gp_alpha"])[:, 0])}
 
 
 def minimax_diffusion(a: Arrays) -> Arrays:
@@ -61,14 +82,17 @@ def minimax_losses(a: Arrays) -> Arrays:
     return out | after | {"grad_pseudo": gradient}
 
 
-CASES = (minimax_diffusion, minimax_losses)
+CASES = (dim_losses, minimax_diffusion, minimax_losses)
 TOLERANCE = {
+    "dim_losses": (0.0, 1e-10),
+    "dim_losses/gp_value": (0.0, 1e-8),
     "minimax_diffusion": (2e-4, 1e-7),
     "minimax_losses": (1e-5, 1e-12),  # the file's sums are of 32 bits
     "minimax_losses/per_class_*": (1e-6, 0.0),
     "minimax_losses/*_memory_after_*": (0.0, 0.0),
 }
 INPUTS = {
+    "dim_losses": ("logits_*", "feat_real_*", "feat_syn_*", "gp_img_*", "gp_alpha", "gp_conv_*", "gp_fc_*"),
     "minimax_diffusion": ("x_start", "noise", "t", "model_output", "resp_index"),
     "minimax_losses": ("*_memory_before_*", "*_latents", "labels", "memory_size", "lambda_*"),
 }

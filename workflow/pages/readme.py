@@ -34,7 +34,7 @@ ORDER = (
 )  # fmt: skip
 OWN, OTHER, ELSE = "¹", "²", "³"
 NOTES = {
-    OWN: "under its own protocol, or with learned or soft labels: not to be compared with the rest of the column",
+    OWN: "under its own protocol, with new images in every epoch, or with learned or soft labels: not to be compared with the column",
     OTHER: f"hard labels, but another number of epochs than `{PROTOCOL}`, or another network",
     ELSE: f"on another network than {NETWORK}, or with a kernel",
 }
@@ -163,7 +163,7 @@ def common_network(rows) -> str | None:
 
 def mark_of(row, network: str | None) -> str:
     """ "" for hard labels under the common protocol, else what is different."""
-    if row["labels"] != "hard" or row["protocol"].startswith(("own", "regression", "fkd")):
+    if row["labels"] != "hard" or row["protocol"].startswith(("own", "regression", "fkd", "fresh")):
         return OWN
     return "" if (row["protocol"], row["network"]) == (PROTOCOL, network) else OTHER
 

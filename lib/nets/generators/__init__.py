@@ -1,1 +1,11 @@
 """Generators: images as codes of a network that was trained on the real data."""
+
+from __future__ import annotations
+
+from lib.nets.generators.gan import ACGAN
+from lib.nets.generators.prior import Generator, Prior, the_prior
+
+# name in a file -> class; its fields are the recipe
+KINDS: dict[str, type[Prior]] = {kind.kind: kind for kind in (ACGAN,)}
+
+__all__ = ["ACGAN", "KINDS", "Generator", "Prior", "the_prior"]
