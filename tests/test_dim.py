@@ -15,8 +15,8 @@ from lib.formation import Generated, Pixels
 from lib.match.seen import GAPS, feature_gap, gradient_gap, logit_gap
 from lib.methods import recipes
 from lib.methods.dim import DiM
-from lib.nets.generators import gan
 from lib.nets.generators.gan import ACGAN, gradient_penalty
+from lib.nets.generators.loops import follow
 from lib.nets.generators.prior import the_prior
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError
@@ -140,7 +140,7 @@ def test_optimisers_go_on_where_they_stopped(data):
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_a_running_mean_of_weights(average):
     mean, now = {"a": torch.zeros(2), "n": torch.tensor(1)}, {"a": torch.ones(2), "n": torch.tensor(5)}
-    gan.follow(mean, now, average)
+    follow(mean, now, average)
     torch.testing.assert_close(mean["a"], torch.full((2,), 1 - average))
     assert mean["n"] == 5
 

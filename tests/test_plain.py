@@ -16,6 +16,7 @@ from lib.match.style import Diversity, Gram, Moments
 from lib.methods import METHODS
 from lib.methods import method as class_of
 from lib.nets.experts import Experts
+from lib.nets.generators.denoiser import PixelUNet
 from lib.nets.generators.gan import ACGAN
 from lib.nets.starts import Fixed, Pretrained
 from lib.nets.supply import Fresh, Queue
@@ -110,6 +111,10 @@ DIM = class_of("dim")(
     ),
     iterations=9, lr=1e-3, batch=16, weight=1.0, pool=(NET, "resnet18-w2-batch"), network_steps=2, renew_every=2,
 )  # fmt: skip
+MINIMAX = class_of("minimax")(
+    prior=PixelUNet(steps=2, batch=8, width=8, times=40), iterations=6, lr=1e-3, batch=7, memory=3, trainable="all", average=0.5,
+    sampling_steps=5, guidance=2.0,
+)  # fmt: skip
 ESP = class_of("esp")(
     iterations=6,
     window=3,
@@ -161,6 +166,10 @@ CASES = {
     "dim": [
         Case(DIM),
         Case(replace(DIM, renew_every=None, augmentation="none", pool=(NET,)), ipc=1, channels=3),
+    ],
+    "minimax": [
+        Case(MINIMAX),
+        Case(replace(MINIMAX, weight_real=1.0, weight_own=1.0, batch=20), ipc=1, channels=3),
     ],
     "esp": [Case(ESP, atol=1e-3), Case(replace(ESP, augmentation="none"), atol=1e-4)],
     "haba": [

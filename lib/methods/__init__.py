@@ -77,6 +77,7 @@ METHODS = {
     "esp": _entry("ESP", "Ma et al. 2023", "", "50_esp", "esp:ESP", reconstruction=True),
     "haba": _entry("HaBa", "Liu et al. 2022", "2210.16774", "45_haba", "haba:HaBa"),
     "dim": _entry("DiM", "Wang et al. 2023", "2303.04707", "42_dim", "dim:DiM"),
+    "minimax": _entry("Minimax", "Gu et al. 2024", "2311.15529", "44_minimax", "minimax:Minimax"),
     "frepo": _entry("FRePo", "Zhou et al. 2022", "2206.00719", "52_frepo", "frepo:FRePo"),
 } | {
     rule: _entry(title, paper, "", "80_selection", "selection:Coreset", fields={"rule": rule}, recipes="CORESETS")

@@ -29,7 +29,8 @@ from lib.augment import families
 from lib.data.imageset import ImageSet
 from lib.formation.generated import Generated
 from lib.match.seen import GAPS, feature_gap, gradient_gap, logit_gap
-from lib.nets.generators.gan import ACGAN, GAN, critic_step, generator_loss, rows_of_epoch
+from lib.nets.generators.gan import ACGAN, GAN, critic_step, generator_loss
+from lib.nets.generators.loops import rows_of_epoch
 from lib.nets.generators.prior import the_prior, to_data, to_generator
 from lib.recipes import Recipes, published, small
 from lib.synset import SyntheticSet, class_major
@@ -152,7 +153,7 @@ class DiM:
         """Positions of the next real batch; every image once in an epoch, a smaller last batch left out."""
         new = not len(state.deck)
         if new:
-            state.deck = torch.stack(rows_of_epoch(state.train, self.batch, generator))
+            state.deck = torch.stack(rows_of_epoch(len(state.train), self.batch, generator))
         if self.weight and (new if self.renew_every is None else state.done % self.renew_every == 0):
             state.pool.renew(generator)
         rows, state.deck = state.deck[-1], state.deck[:-1]

@@ -347,3 +347,26 @@ def critic_loss(D, x, y, x_, y_, p, penalised: bool, g: torch.Generator) -> Tens
     between = (alpha * x + (1 - alpha) * x_).requires_grad_()
     (slope,) = torch.autograd.grad(D(between)[0].sum(), between, create_graph=True)
     return loss + p.penalty * p.penalty_every * ((slope.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+
+def cosines(latents: Tensor, kept: list[Tensor]) -> Tensor:
+    """Of every latent with every one of a memory of flattened ones."""
+    return F.cosine_similarity(latents.flatten(1)[:, None], torch.stack(kept)[None], dim=2)
+
+
+def ancestral(eps, y, null: int, shape, abar: Tensor, count: int, scale: float, g: torch.Generator) -> Tensor:
+    r"""DDPM backwards over ``count`` of the steps of $\bar\alpha$, with guidance; the predicted image is clamped."""
+    last = len(abar) - 1
+    x, steps = torch.randn(len(y), *shape, generator=g), [round(k * last / (count - 1)) for k in range(count)]
+    for k in reversed(range(count)):
+        now, before = abar[steps[k]], abar[steps[k - 1]] if k else torch.ones(())
+        t, none = torch.full_like(y, steps[k]), torch.full_like(y, null)
+        without = eps(x, t, none)
+        e = without + scale * (eps(x, t, y) - without)
+        clean = ((x - (1 - now).sqrt() * e) / now.sqrt()).clamp(-1, 1)
+        beta = 1 - now / before
+        x = (before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * x) / (1 - now)
+        if k:
+            x = x + (beta * (1 - before) / (1 - now)).sqrt() * torch.randn(x.shape, generator=g)
+        x = x.float().detach()
+    return x

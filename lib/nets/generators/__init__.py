@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from lib.nets.generators.denoiser import LatentDiT, PixelUNet
 from lib.nets.generators.gan import ACGAN
 from lib.nets.generators.prior import Generator, Prior, the_prior
 
 # name in a file -> class; its fields are the recipe
-KINDS: dict[str, type[Prior]] = {kind.kind: kind for kind in (ACGAN,)}
+KINDS: dict[str, type[Prior]] = {kind.kind: kind for kind in (ACGAN, LatentDiT, PixelUNet)}
 
-__all__ = ["ACGAN", "KINDS", "Generator", "Prior", "the_prior"]
+__all__ = ["ACGAN", "KINDS", "Generator", "LatentDiT", "PixelUNet", "Prior", "the_prior"]

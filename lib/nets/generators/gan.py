@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.nets.generators.loops import follow, rows_of_epoch
 from lib.nets.generators.prior import Generator, Prior, to_generator
 from lib.system.errors import CompanionError, positive, whole
 
@@ -187,13 +188,6 @@ def critic_step(
     return loss.detach()
 
 
-def rows_of_epoch(train, batch: int, generator: torch.Generator) -> list[Tensor]:
-    """Positions of the batches of one pass in random order, a smaller last one left out."""
-    order = torch.randperm(len(train), generator=generator, device=train.device)
-    size = min(batch, len(train))
-    return list(order[: len(order) // size * size].split(size))
-
-
 @dataclass(frozen=True)
 class ACGAN(Prior):
     """DiM's first stage: one step of the generator and one of the critic on every real batch."""
@@ -243,7 +237,7 @@ class ACGAN(Prior):
         mean = {name: tensor.clone() for name, tensor in network.generating().items()}
         rows: list[Tensor] = []
         for step in range(self.steps):
-            rows = rows or rows_of_epoch(train, self.batch, generator)
+            rows = rows or rows_of_epoch(len(train), self.batch, generator)
             chosen = rows.pop()
             real, y = to_generator(train.images[chosen], train.transform), train.labels[chosen]
             fake = network(network.draw(y, generator), y)
@@ -258,12 +252,3 @@ class ACGAN(Prior):
     def penalty_at(self, step: int) -> float:
         """The penalty's weight in a step, counted from 0."""
         return 0.0 if step % self.penalty_every else self.penalty * self.penalty_every
-
-
-@torch.no_grad()
-def follow(mean: dict[str, Tensor], now: dict[str, Tensor], decay: float) -> None:
-    """A running mean of weights, in place; whole numbers are copied."""
-    moving = [name for name, tensor in mean.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([mean[name] for name in moving], [now[name] for name in moving], 1 - decay)
-    for name in mean.keys() - set(moving):
-        mean[name].copy_(now[name])
