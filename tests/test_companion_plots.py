@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
 from PIL import Image
 
 from lib.companion import plots, start, theme
@@ -209,3 +212,85 @@ def test_a_run_keeps_figure_caption_and_what_to_see(tmp_path, monkeypatch):
     for nothing in ("", "  ", "the loss"):
         with pytest.raises(CompanionError, match="'loss' needs one sentence"):
             run.save_figure(fig, "loss", "The loss", see=nothing)
+
+
+# -- text that users wrote ----------------------------------------------------------------------------------------------
+
+NASTY = (
+    "a$b$c",
+    "$_$",
+    "cost $5 and $6",
+    "_hidden",
+    "日本",
+    "naïve ψ",
+    "犬 dog",
+    "x" * 300,
+    "",
+    "a\nb\x00",
+    r"\$\frac$",
+)
+
+
+def _with_classes(names):
+    """The figures that show names of classes, and one whose title and keys are words of users."""
+    images, labels = torch.rand(len(names), 1, 4, 4), np.arange(len(names))
+    yield plots.image_grid(images, labels, names, "set $")
+    yield plots.image_grid(images.repeat(2, 1, 1, 1), np.tile(labels, 2), names, "$_$ of $\\frac$")
+    yield plots.film_strip(images[None].repeat(2, 1, 1, 1, 1), [0, 10], names)
+    points, kinds = (
+        np.random.RandomState(0).rand(2 * len(names), 2),
+        ["real"] * len(names) + ["made"] * len(names),
+    )
+    yield plots.embedding_scatter(points, np.tile(labels, 2), kinds, names)
+    table = {
+        name: {"one": Spread.of([1.0, 2.0]), name: Spread.of([3.0, 5.0])} for name in ("a$_$c", "日本", "b")
+    }
+    yield plots.heatmap(table, title="folder:犬")
+    yield plots.bars({name: Spread.of([1.0, 2.0]) for name in ("a$_$c", "犬", "b")})
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_words_of_users_break_no_figure_and_leave_no_box(number, tmp_path):
+    """No formula where none was meant, no missing glyph (a warning of matplotlib), nothing hidden, no name that fills the page."""
+    fig = list(_with_classes(NASTY))[number]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theme.save_png(fig, tmp_path / "a.png")
+    assert max(fig.get_size_inches()) < 40
+
+
+def test_names_of_classes_are_shown_as_they_are():
+    labels = theme.class_labels(NASTY)
+    assert labels[:4] == [r"a\$b\$c", r"\$_\$", r"cost \$5 and \$6", " _hidden"] and labels[5] == "naïve ψ"
+    assert len(set(labels)) == len(labels) and labels[8] == "class 8" and labels[9] == "a b"
+    assert all(len(label) <= 2 * theme.LONGEST for label in labels)
+
+
+def test_formulas_of_ours_stay_and_a_data_set_is_no_formula(tmp_path):
+    fig, ax = plt.subplots()
+    ax.set(title="$W_2^2$ on folder:a$b$c", xlabel="$\\alpha$", ylabel="folder:a$b$c")
+    theme.save_png(fig, tmp_path / "a.png", ["folder:a$b$c"])
+    assert ax.get_title("left") == "$W_2^2$ on folder:a\\$b\\$c" and ax.get_xlabel() == "$\\alpha$"
+    assert ax.get_ylabel() == "folder:a\\$b\\$c"
+
+
+def test_another_font_of_this_machine_is_taken_where_the_first_lacks_a_character(tmp_path):
+    """U+1D8D is in STIX, which comes with matplotlib, and not in DejaVu Sans; an ideograph is in none that is certain to be there."""
+    assert theme.font_with("a") == "" and theme.font_with("ψ") == ""
+    assert theme.font_with("\u1d8d") not in ("", None)
+    fig = plots.image_grid(torch.rand(2, 1, 4, 4), [0, 1], ["\u1d8d", "b"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theme.save_png(fig, tmp_path / "a.png")
+    labels = [text for text in fig.findobj(Text) if text.get_text() == "\u1d8d"]
+    assert labels and all(theme.font_with("\u1d8d") in label.get_fontfamily() for label in labels)
+
+
+def test_a_name_without_any_font_is_told_by_its_number(monkeypatch):
+    monkeypatch.setattr(theme, "font_with", lambda char: None if char in "犬日本" else "")
+    assert theme.class_labels(["犬", "日本", "cat", "犬 dog"]) == [
+        "class 0",
+        "class 1",
+        "cat",
+        "class 3 (? dog)",
+    ]

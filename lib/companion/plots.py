@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lib.companion.theme import FAINT, GREY, HUE, INK, MARKERS, PALETTE, TINT, ink_on
+from lib.companion.theme import FAINT, GREY, HUE, INK, MARKERS, PALETTE, TINT, class_labels, ink_on, literal
 from lib.evaluate.spread import Spread, spread_of
 from lib.system.errors import CompanionError, choose, unknown
 
@@ -30,7 +30,8 @@ def image_grid(images01, labels, classes: Sequence[str], title: str = "", column
     images, labels = _pictures(images01), array(labels).astype(int)
     present = [c for c in range(len(classes)) if (labels == c).any()]
     rows = [images[labels == c][:columns] for c in present]
-    names = [str(classes[c]) for c in present]
+    shown = class_labels(classes)
+    names = [shown[c] for c in present]
     if all(len(row) == 1 for row in rows):
         return _mosaic([np.concatenate(rows)], title, bottom=names)
     return _mosaic(rows, title, left=names)
@@ -53,7 +54,7 @@ def film_strip(
         )
     rows = [_pictures(snapshots[:, n]) for n in range(snapshots.shape[1])]
     labels = [step if isinstance(step, str) else f"{step:,}".replace(",", " ") for step in steps]
-    fig = _mosaic(rows, title, left=names, bottom=labels)
+    fig = _mosaic(rows, title, left=names and [literal(name) for name in names], bottom=labels)
     fig.axes[0].set_xlabel(xlabel)
     return fig
 
@@ -242,7 +243,8 @@ def embedding_scatter(
         for k in range(len(names))
     ]
     colours = [ax.scatter([], [], s=30, color=PALETTE[c % 10]) for c in range(min(len(classes), 10))]
-    entries = names + [f"{c}  {name}" if str(c) != name else name for c, name in enumerate(classes[:10])]
+    shown = class_labels(classes)
+    entries = names + [f"{c}  {name}" if str(c) != name else name for c, name in enumerate(shown[:10])]
     fig.legend(shapes + colours, entries, loc="outside right center")
     return fig
 

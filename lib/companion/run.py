@@ -223,7 +223,7 @@ class Run:
         if not see.strip().endswith("."):
             raise CompanionError(f"figure {name!r} needs one sentence that says what to see, not {see!r}")
         png = self._new("figures", self.figures, name, ".png")
-        save_png(fig, png)
+        save_png(fig, png, dict(self.cases))
         self.saved["figures"][name] |= {"caption": caption, "see": see, "thumbnail": thumbnail}
         if _in_notebook():
             _show(fig, caption)
