@@ -307,13 +307,23 @@ def unpack(state: Any, packed: Mapping[str, Any]) -> None:
                         tensor.copy_(saved[key])
         elif hasattr(value, "load_state_dict"):
             value.load_state_dict(new)
+        elif dataclasses.is_dataclass(value):
+            unpack(value, new)
         else:
             setattr(state, name, new)
 
 
 def learned(state: Any) -> list[Tensor]:
-    """The tensors of the state that carry gradients."""
-    return [value for _, value in _fields(state) if isinstance(value, Tensor) and value.requires_grad]
+    """The tensors of the state that carry gradients, those of networks and of states within it included."""
+    found = []
+    for _, value in _fields(state):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, torch.nn.Module):
+            found += value.parameters()
+        elif dataclasses.is_dataclass(value) and not hasattr(value, "state_dict"):
+            found += learned(value)
+    return [tensor for tensor in found if tensor.requires_grad]
 
 
 def _fields(state: Any) -> list[tuple[str, Any]]:
@@ -331,6 +341,8 @@ def _copy(value: Any) -> Any:
         return {"parameters": _copy(value.parameters), "buffers": _copy(value.buffers)}
     if hasattr(value, "state_dict"):
         return _copy(value.state_dict())
+    if dataclasses.is_dataclass(value):
+        return pack(value)
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -16,6 +16,7 @@ from lib.match.style import Diversity, Gram, Moments
 from lib.methods import METHODS
 from lib.methods import method as class_of
 from lib.nets.experts import Experts
+from lib.nets.generators import LayeredVAE
 from lib.nets.generators.denoiser import PixelUNet
 from lib.nets.generators.gan import ACGAN
 from lib.nets.starts import Fixed, Pretrained
@@ -130,6 +131,20 @@ HABA = class_of("haba")(
     iterations=5, hallucinators=3, identity=0.5, steps=4, lr=5.0, lr_hallucinators=0.1, rate=0.05, lr_rate=1e-3,
     lr_extractor=0.01, extractor=NET, network=NET, experts=EXPERTS,
 )  # fmt: skip
+PRIOR = LayeredVAE(steps=40, lr=0.01, batch=30, latent=6, width=8)
+ITGAN = class_of("itgan")(
+    PRIOR,
+    4,
+    lr=0.05,
+    regulariser=0.1,
+    batch=None,
+    real_batch=8,
+    network=NET,
+    inversion_steps=3,
+    classifier_epochs=0,
+)
+DCGM = class_of("dcgm")(PRIOR, 4, intra=2.0, inter=3.0, margin_intra=0.05, real_batch=8, network=NET)
+GLAD = class_of("glad")(PRIOR, replace(DM, init="noise", augmentation="data"), "w", 4, lr=0.1, chunk=4)
 PROXY = Proxy("mlp", epochs=3, lr=0.02, batch=16)
 CHOSEN = {"proxy": PROXY, "repeats": 2, "neighbours": 3, "iterations": 4}
 # name -> cases; the settings are those that the plain version reads
@@ -172,6 +187,16 @@ CASES = {
         Case(replace(MINIMAX, weight_real=1.0, weight_own=1.0, batch=20), ipc=1, channels=3),
     ],
     "esp": [Case(ESP, atol=1e-3), Case(replace(ESP, augmentation="none"), atol=1e-4)],
+    "itgan": [
+        Case(ITGAN),
+        Case(replace(ITGAN, inversion="encoder", batch=2, regulariser=1e-6), ipc=3),
+        Case(replace(ITGAN, inversion="none", augmentation="none")),
+    ],
+    "dcgm": [
+        Case(DCGM),
+        Case(replace(DCGM, centred=False, learn_generator=False, augmentation="none"), ipc=1),
+    ],
+    "glad": [Case(GLAD), Case(replace(GLAD, space="z", chunk=None), ipc=1)],
     "haba": [
         Case(HABA),
         Case(replace(HABA, adversary=False, hallucinators=1, gradient="recompute")),

@@ -19,7 +19,7 @@ class Protocol:
         lr, momentum, nesterov, weight_decay, batch: SGD (the set's learned step size replaces lr where it has one and
             ``learned_lr`` says so).
         schedule: ``constant``, ``dc`` (a tenth after half, momentum reset), ``steps`` (IDC), ``cosine`` by epochs,
-            ``cosine-steps`` by updates (DeepCore).
+            ``cosine-steps`` by updates (DeepCore), ``warm-cosine`` (GLaD).
         augmentation: ``none``, a DSA strategy, or ``data``: the strategy that suits the data set; mode and cutmix as in
             ``lib.nets.training``.
         labels: ``own`` (as stored: hard or soft), or ``hard`` (argmax of soft ones).
@@ -144,6 +144,15 @@ PROTOCOLS = {
             "deepcore", "resnet18-batch", epochs=200, lr=0.1, nesterov=True, batch=128, schedule="cosine-steps",
             augmentation="crop_flip", mode="multiple", networks=1,
             source="DeepCore, arXiv 2204.08499, and LCMat; there crops are padded by reflection, and the best epoch counts",
+        ),
+        Protocol(
+            "itgan", "resnet18-batch", epochs=200, augmentation="data", networks=3, sets=3,
+            source="IT-GAN's code: ResNet18, 201 epochs; there the last partial batch of an epoch is dropped",
+        ),
+        Protocol(
+            "glad", "convnet-d5-w128", epochs=1000, lr=0.001, schedule="warm-cosine", augmentation="data", networks=5, sets=1,
+            source="GLaD's code; there an average of the weights is tested, the best of tests every 100 iterations counts, and "
+            "VGG11 has a tenth of the rate",
         ),
         Protocol("cpu-small", networks=5, sets=3, source="dc, scaled to two cores on the embedded data sets"),
         Protocol("cpu-small-dsa", augmentation="data", networks=5, sets=3, source="cpu-small with DSA augmentation"),

@@ -3,6 +3,8 @@ r"""A generator as the decoder of a set: codes of a prior are trained on as the 
 from __future__ import annotations
 
 import functools
+import math
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,19 +16,20 @@ from lib.data.whitening import Standardise, Transform
 from lib.formation.colours import colours
 from lib.nets.generators import KINDS
 from lib.nets.generators.prior import Generator, Prior, to_data
-from lib.system.errors import CompanionError, choose
+from lib.system.errors import CompanionError, choose, unknown
 
 
 @dataclass(frozen=True, eq=False)
 class Generated:
     """A formation (see ``lib.formation``) that is saved with its generator.
 
-    A code is the latent's numbers and, as the last one, its class, ``(d + 1,)``; the generator is what makes images of it, in the
-    normalised space of the data.
+    A code is numbers of the generator's space and, as the last one, its class, ``(d + 1,)``; the generator is what makes images of it, in
+    the normalised space of the data. Spaces are ``z``, the latents; ``w``, the styles W of all layers; ``f0``, ``f1``, ..: the map
+    $h_n$ behind layer n, and what later layers read of W.
 
     Attributes:
         weights: all numbers of the generator, ``(P,)``; mean, std: of the data, ``(c,)``.
-        prior: the generator's recipe; shape: ``(c, h, w)``; num_classes: of the data.
+        prior: the generator's recipe; shape: ``(c, h, w)``; num_classes: of the data; where: the space of the codes.
     """
 
     weights: Tensor
@@ -35,16 +38,18 @@ class Generated:
     prior: dict[str, Any]
     shape: tuple[int, int, int]
     num_classes: int
+    where: str = "z"
     name: str = "generated"
     multiplicity: ClassVar[int] = 1
     learned: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, network: Generator, prior: Prior, train) -> Generated:
-        """The decoder that a trained generator of these data is."""
+    def of(cls, network: Generator, prior: Prior, train, where: str = "z") -> Generated:
+        """The decoder that a trained generator of these data is, for codes of one of its spaces."""
+        depth(where, network)
         mean, std = colours(train.transform, "generated")
         weights = torch.cat([t.detach().flatten().float() for t in network.generating().values()])
-        return cls(weights, mean, std, prior.recipe(), tuple(train.shape), train.num_classes)
+        return cls(weights, mean, std, prior.recipe(), tuple(train.shape), train.num_classes, where)
 
     @functools.cached_property
     def network(self) -> Generator:
@@ -66,17 +71,41 @@ class Generated:
         return network.eval().requires_grad_(False)
 
     @staticmethod
-    def codes(z: Tensor, y: Tensor) -> Tensor:
-        """Latents ``(m, *latent)`` and classes ``(m,)`` as codes ``(m, d + 1)``."""
-        return torch.cat([z.flatten(1), y[:, None].to(z.dtype)], 1)
+    def codes(z: Tensor, y: Tensor, w: Tensor | None = None) -> Tensor:
+        """Points of the space ``(m, ...)``, in $F_n$ with what is read of W, and classes ``(m,)``, as codes ``(m, d + 1)``."""
+        parts = [z.flatten(1), *([] if w is None else [w.flatten(1)]), y[:, None].to(z.dtype)]
+        return torch.cat(parts, 1)
 
     def __call__(self, codes: Tensor) -> Tensor:
-        network, z = self.network, codes[:, :-1]
-        if z.shape[1] != torch.Size(network.latent).numel():
+        network, n, y = self.network, depth(self.where, self.network), codes[:, -1].long()
+        sizes = [math.prod(shape) for shape in self.parts]
+        if codes.shape[1] - 1 != sum(sizes):
             raise CompanionError(
-                f"codes of {z.shape[1]} numbers and a class: the generator takes {tuple(network.latent)}"
+                f"codes of {codes.shape[1] - 1} numbers and a class: the generator takes {' and '.join(map(str, self.parts))}"
             )
-        return self.space(network(z.unflatten(1, network.latent), codes[:, -1].long()))
+        z, *rest = (
+            part.unflatten(1, shape)
+            for part, shape in zip(codes[:, :-1].split(sizes, 1), self.parts, strict=True)
+        )
+        if n is None:
+            return self.space(network(z, y))
+        w = z
+        if n >= 0:  # rows of W that no later layer reads are not kept
+            w = z.new_zeros(len(z), *network.styles)
+            w[:, network.read_after(n)] = rest[0]
+        return self.space(image_of(network, n, z, w, y))
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[int, ...]]:
+        """The shapes of what a code holds before its class."""
+        network, n = self.network, depth(self.where, self.network)
+        if n is None:
+            return [tuple(network.latent)]
+        if n < 0:
+            return [tuple(network.styles)]
+        y = torch.zeros(1, dtype=torch.long, device=self.weights.device)
+        w = self.weights.new_zeros(1, *network.styles)
+        return [tuple(network.to_f(w, y, n).shape[1:]), tuple(w[0, network.read_after(n)].shape)]
 
     def space(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] in the normalised space of the data."""
@@ -108,3 +137,25 @@ class Generated:
 
     def pack(self, images: Tensor) -> Tensor:
         raise CompanionError("real images are no codes of a generator: they are found by inversion")
+
+
+def depth(where: str, network: Generator) -> int | None:
+    """The number n of a space: None for z, -1 for W, n for $F_n$.
+
+    Raises:
+        CompanionError: the generator has no such space.
+    """
+    if where == "z":
+        return None
+    found = re.fullmatch(r"f(\d+)", where)
+    if where == "w" and network.layers:
+        return -1
+    if found and int(found[1]) < network.layers:
+        return int(found[1])
+    spaces = ["z", *["w"][: network.layers], *(f"f{n}" for n in range(network.layers))]
+    raise unknown("space", where, spaces)
+
+
+def image_of(network: Generator, n: int, f: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """The image in [-1, 1] of a point of W (n = -1, f is not read) or of $F_n$."""
+    return network.from_f(network.start(w, y), w, y, 0) if n < 0 else network.from_f(f, w, y, n)

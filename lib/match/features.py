@@ -22,6 +22,12 @@ def class_mean(real: Tensor, syn: Tensor) -> Tensor:
     return (real.mean(1) - syn.mean(1)).square().sum(-1)
 
 
+def paired(real: Tensor, syn: Tensor) -> Tensor:
+    r"""$\frac1m\sum_j\lVert e^S_{c,j}-e^T_{c,j}\rVert_2^2$: every synthetic image and its own real one, ``(C, m, d)`` both (IT-GAN,
+    arXiv 2204.07513)."""
+    return (syn - real).square().sum(-1).mean(1)
+
+
 def discrimination_logits(real: Tensor, syn: Tensor) -> Tensor:
     r"""$o_{c,i,k} = \langle e^T_{c,i},\, \bar e^S_k\rangle$, ``(C, n, C)``: the synthetic class means as a linear classifier."""
     return torch.einsum("cnd,kd->cnk", real, syn.mean(1))

@@ -112,16 +112,17 @@ class DC:
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One matching step, then (unless the network is about to be replaced) its training on S."""
+        metrics = self.differentiate(state, generator)
+        state.optimiser.step()
+        self.after(state, generator)
+        return metrics
+
+    def after(self, state: State, generator: torch.Generator) -> None:
+        """What follows an update of the images: training the network on S."""
         inner, epochs = self.loops(state.ipc)
-        if state.t == 0:
-            self.new_network(state, generator)
-
-        metrics = self.match(state, generator)
-
         state.t = (state.t + 1) % inner
         if state.t:
             self.train_network(state, epochs, generator)
-        return metrics
 
     def new_network(self, state: State, generator: torch.Generator) -> None:
         """What happens every T steps: a fresh network, with which the sampler begins anew."""
@@ -129,8 +130,10 @@ class DC:
         state.memory.restart()
         clamp_to_space(state.pixels, self.space)
 
-    def match(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
-        """Update S by the distance at the current network: its sum, and that of every class."""
+    def differentiate(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+        """The distance at the current network, its sum and that of every class; its gradient is left in ``state.pixels.grad``."""
+        if state.t == 0:
+            self.new_network(state, generator)
         real = self.real(state, generator)  # (C, B, c, h, w)
         syn = self.images(state, generator)  # (C, M, c, h, w)
         real, syn = self.transform(real, syn, state.train, generator)
@@ -142,7 +145,6 @@ class DC:
 
         state.optimiser.zero_grad()
         syn.backward(gradient)  # through the augmentation and the formation to the pixels
-        state.optimiser.step()
         losses = sum(terms.values())
         parts = {name: term.sum() for name, term in terms.items()} if len(terms) > 1 else {}
         return {"loss": losses.sum(), "per_class": losses} | parts

@@ -99,15 +99,32 @@ class DM:
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of all images."""
         clamp_to_space(state.pixels, self.space)
+        metrics = self.differentiate(state, generator)
+        state.optimiser.step()
+        self.after(state, generator)
+        return metrics
+
+    def differentiate(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss that the next network sees, its gradient left in ``state.pixels.grad``; nothing moves."""
         network = state.supply.network
         if self.distance.looks:
             network = self.networks.draw(state.supply, generator)
-        metrics = self.match(state, network, generator)
+        return self.compare(state, network, generator)
+
+    def after(self, state: State, generator: torch.Generator) -> None:
+        """What follows an update of the images."""
         self.networks.after(state.supply, state.train, generator)
-        return metrics
 
     def match(self, state: State, network: torch.nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
         """Update the images by the distance that one network sees."""
+        metrics = self.compare(state, network, generator)
+        state.optimiser.step()
+        return metrics
+
+    def compare(
+        self, state: State, network: torch.nn.Module, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The distance that one network sees, and its gradient."""
         real = self.real(state, network, generator)  # (C, n, c, h, w)
         real, syn = self.transform(real, self.images(state, generator), state.train, generator)
 
@@ -122,7 +139,6 @@ class DM:
 
         state.optimiser.zero_grad()
         loss.backward()
-        state.optimiser.step()
         parts = {name: term.detach().sum() for name, term in terms.items()} if len(terms) > 1 else {}
         return {"loss": loss.detach()} | parts | at.measured
 

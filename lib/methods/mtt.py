@@ -106,6 +106,13 @@ class MTT:
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of images and rate."""
+        metrics = self.differentiate(state, generator)
+        state.optimiser.step()
+        self.after(state, generator)
+        return metrics | {"rate": state.rate.detach().clone()}
+
+    def differentiate(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+        """The loss of one student, its gradient left in ``state.pixels.grad`` and ``state.rate.grad``; nothing moves."""
         start, target = segment(state, self.start_epochs, self.expert_epochs, generator)  # (1, P)
         if self.soft_labels:
             state.labels = expert_labels(state.template, target, state.pixels)
@@ -121,9 +128,11 @@ class MTT:
         state.optimiser.zero_grad()
         torch.autograd.backward(used, images)  # through the augmentation to the pixels
         state.rate.grad = rates.sum()
-        state.optimiser.step()
+        return {"loss": loss[0]}
+
+    def after(self, state: State, generator: torch.Generator) -> None:
+        """What follows an update of images and rate."""
         keep_above(state.rate, self.least_rate)
-        return {"loss": loss[0], "rate": state.rate.detach().clone()}
 
     def finish(self, state: State) -> SyntheticSet:
         pixels, labels, rate = (value.detach().clone() for value in (state.pixels, state.labels, state.rate))

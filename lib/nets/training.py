@@ -250,13 +250,27 @@ class _Chance:
             self.mixing, self.partners = each((span, self.batches, 4)), each((span, self.m))
 
 
-SCHEDULES = ("constant", "dc", "steps", "cosine", "cosine-steps")
+def warm_cosine_schedule(lr: float, epochs: int) -> Callable[[int], float]:
+    """GLaD's rate by epoch, h being half of the epochs: up a line from a ten-millionth until epoch h, then from epoch h + 1 on down a
+    cosine, whose last epoch stops two steps short of 0."""
+    half, least = max(epochs // 2, 1), 1e-7
+
+    def rate(epoch: int) -> float:
+        if epoch <= half:
+            return lr * (least + (1 - least) * epoch / half)
+        return lr * (1 + math.cos(math.pi * (epoch - half - 1) / half)) / 2
+
+    return rate
+
+
+SCHEDULES = ("constant", "dc", "steps", "cosine", "cosine-steps", "warm-cosine")
 
 
 def schedule(kind: str, lr: float, epochs: int) -> tuple[Callable[[float], float], tuple[int, ...]]:
     """A named learning-rate schedule: the rate by epoch, and the epochs before which the optimiser is rebuilt.
 
-    ``constant``; ``dc`` (a tenth after half, momentum reset); ``steps`` (a fifth at 2/3 and again at 5/6, IDC); ``cosine``.
+    ``constant``; ``dc`` (a tenth after half, momentum reset); ``steps`` (a fifth at 2/3 and again at 5/6, IDC); ``cosine``;
+    ``warm-cosine`` (up a line for half of the epochs, then down a cosine, GLaD).
     """
     if kind == "constant":
         return (lambda epoch: lr), ()
@@ -270,4 +284,7 @@ def schedule(kind: str, lr: float, epochs: int) -> tuple[Callable[[float], float
         return (lambda epoch: rate(int(epoch))), ()
     if kind == "cosine-steps":
         return cosine_schedule(lr, epochs, lr / 1000), ()
+    if kind == "warm-cosine":
+        rate = warm_cosine_schedule(lr, epochs)
+        return (lambda epoch: rate(int(epoch))), ()
     raise unknown("schedule", kind, SCHEDULES)

@@ -81,7 +81,12 @@ class SyntheticSet:
     @property
     def bytes_images(self) -> int:
         """Bytes of what is stored for the images, as saved: the codes, and numbers of the decoder that were learned."""
-        return self.codes.numel() * self.codes.element_size() + self.decoder.extra_bytes
+        return self.bytes_codes + self.decoder.extra_bytes
+
+    @property
+    def bytes_codes(self) -> int:
+        """Bytes of the codes alone: :attr:`bytes_images` without a decoder (a generator, say) that several sets may share."""
+        return self.codes.numel() * self.codes.element_size()
 
     @property
     def bytes_labels(self) -> int:

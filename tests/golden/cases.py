@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # this file may be loaded by its
 
 import cases_dcc
 import cases_features
+import cases_generative
 import cases_idc
 import cases_kernels
 import cases_samplers
@@ -229,6 +230,7 @@ INPUTS = {
 for part in (
     cases_dcc,
     cases_features,
+    cases_generative,
     cases_idc,
     cases_kernels,
     cases_samplers,

@@ -5,8 +5,21 @@ from __future__ import annotations
 from lib.nets.generators.denoiser import LatentDiT, PixelUNet
 from lib.nets.generators.gan import ACGAN
 from lib.nets.generators.prior import Generator, Prior, the_prior
+from lib.nets.generators.vae import LayeredVAE, SpatialVAE
 
 # name in a file -> class; its fields are the recipe
-KINDS: dict[str, type[Prior]] = {kind.kind: kind for kind in (ACGAN, LatentDiT, PixelUNet)}
+KINDS: dict[str, type[Prior]] = {
+    kind.kind: kind for kind in (ACGAN, LatentDiT, LayeredVAE, PixelUNet, SpatialVAE)
+}
 
-__all__ = ["ACGAN", "KINDS", "Generator", "LatentDiT", "PixelUNet", "Prior", "the_prior"]
+__all__ = [
+    "ACGAN",
+    "KINDS",
+    "Generator",
+    "LatentDiT",
+    "LayeredVAE",
+    "PixelUNet",
+    "Prior",
+    "SpatialVAE",
+    "the_prior",
+]

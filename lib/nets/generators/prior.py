@@ -10,8 +10,10 @@ Networks that map a code to an image are a :class:`Generator`; others (a denoise
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import os
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,7 +31,10 @@ from lib.system.errors import CompanionError, check_seed, positive, whole
 from lib.system.files import read_safetensors, write_tensors
 
 FORMAT = "distillation-companion/prior-1"
-COMMITTED = ()  # files beside this one, named <kind>_<data>.safetensors
+COMMITTED = (  # files beside this one, named <kind>_<data>.safetensors
+    "layered_digits.safetensors",
+    "spatial_photos16.safetensors",
+)
 LEAST_SPREAD = 0.1  # of generated images around the mean of their class, relative to real ones: below, a prior has collapsed
 LOOKED_AT = 32  # images per class that the spread is measured on
 
@@ -43,11 +48,12 @@ class Generator(nn.Module):
     layers overrides ``forward`` alone and leaves ``layers`` 0.
 
     Attributes:
-        latent: shape of a code z; shape: ``(c, h, w)`` of an image; num_classes: C; layers: L.
+        latent: shape of a code z; styles: shape of its W; shape: ``(c, h, w)`` of an image; num_classes: C; layers: L.
         aside: names of submodules that training or inversion needs and generation does not (an encoder, a critic).
     """
 
     latent: tuple[int, ...]
+    styles: tuple[int, ...]
     shape: tuple[int, int, int]
     num_classes: int
     layers: int = 0
@@ -64,6 +70,10 @@ class Generator(nn.Module):
     def layer(self, k: int, h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         """$h_k$ of $h_{k-1}$, k from 1 to L."""
         raise NotImplementedError
+
+    def read_after(self, n: int) -> slice:
+        """Which rows of W the layers n + 1 .. L read."""
+        return slice(None)
 
     def to_f(self, w: Tensor, y: Tensor, n: int) -> Tensor:
         """$h_n$, the point of the space $F_n$ that W reaches."""
@@ -92,6 +102,13 @@ class Generator(nn.Module):
             raise CompanionError(
                 f"latents of shape {tuple(z.shape[1:])}: {type(self).__name__} takes {tuple(self.latent)}"
             )
+
+    def alone(self) -> Generator:
+        """A copy that can be learned, without :attr:`aside`."""
+        copied = copy.deepcopy(self).requires_grad_(True)
+        for name in self.aside:
+            delattr(copied, name)
+        return copied
 
     def generating(self) -> dict[str, Tensor]:
         """The tensors that make images, by name: all but those of :attr:`aside`."""
@@ -134,6 +151,46 @@ class Prior(ABC):
         """Kind and fields as plain values; where the weights lie is no part of it."""
         fields = dataclasses.asdict(self)
         return {"kind": self.kind} | {k: v for k, v in fields.items() if k not in ("weights", "foreign")}
+
+
+@dataclass(frozen=True)
+class Brought(Prior):
+    """A prior that the user brings: large generators of others are no part of this companion.
+
+    Attributes:
+        what: the generator that a paper used; where: who publishes its weights.
+    """
+
+    kind: ClassVar[str] = "brought"
+    what: str = "a generator"
+    where: str = ""
+
+    def make(self, like) -> nn.Module:
+        raise CompanionError(
+            f"the prior {self.what} must be brought ({self.where}): write a Prior whose make builds that Generator and set its weights "
+            "to a safetensors file of save_prior"
+        )
+
+    def fit(self, network: nn.Module, train, generator: torch.Generator) -> None:
+        raise CompanionError(f"the prior {self.what} is not trained here")
+
+
+def room_for(codes: int, each: int, device: torch.device, copies: int = 4) -> None:
+    """Refuse more codes than memory holds, in one line.
+
+    Args:
+        codes: how many; each: numbers of one; copies: the codes, their gradient and two moments of Adam.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 4 * codes * each * copies
+    if needed > memory:
+        raise CompanionError(
+            f"{codes} codes of {each} numbers need {needed / 1e9:.3g} GB with their optimiser, {device} has {memory / 1e9:.3g} GB: "
+            f"allowed are at most {memory // (4 * each * copies)} codes"
+        )
 
 
 # -- between the data's space and the generator's ------------------------------------------------------------------------

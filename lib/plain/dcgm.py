@@ -1,0 +1,48 @@
+"""DCGM, plainly (our reconstruction of Zhang et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+
+from lib import nets
+from lib.nets.generators import the_prior
+from lib.plain import draw_omega, siamese
+
+
+def dcgm(p, train, ipc, g):
+    def cosine(a, b, margin):
+        return ((a * b).sum() / (a.norm() * b.norm()) - margin).clamp(min=0)
+
+    trained, C, losses = the_prior(p.prior, train), train.num_classes, []
+    y = torch.arange(C, device=train.device).repeat_interleave(ipc)
+    e = trained.draw(y, g)
+    if p.start == "encoder":
+        e = trained.encoder(2 * train.transform.inverse(train.sample(ipc, g).flatten(0, 1)) - 1, y)[0]
+    G = trained.alone()  # a copy to be learned
+    learned = [e.requires_grad_(), *(G.parameters() if p.learn_generator else [])]
+    adam = torch.optim.Adam(
+        [{"params": learned[:1], "lr": p.lr}, {"params": learned[1:], "lr": p.lr_generator}]
+    )
+    for _ in range(p.iterations):
+        psi = nets.make(p.network, train, g).embed  # a new random network, never trained
+        T, omega = train.sample(p.real_batch, g), draw_omega(p, train, g)
+        S = train.transform.forward((G(e, y) + 1) / 2).unflatten(0, (C, ipc))
+        f = [psi(siamese(S[c], omega[c])) for c in range(C)]
+        r = [psi(siamese(T[c], omega[c])).detach() for c in range(C)]
+        mu = torch.cat(r).mean(0) if p.centred else 0.0
+        loss = sum((f[c].mean(0) - r[c].mean(0)).square().sum() for c in range(C))
+        for c in range(C):
+            for i in range(ipc):
+                for j in range(ipc):
+                    if i != j:
+                        R_intra = cosine(f[c][i] - mu, f[c][j] - mu, p.margin_intra)
+                        loss = loss + p.intra * R_intra / (C * ipc * (ipc - 1))
+            for k in range(C):
+                if k != c:
+                    R_inter = cosine(f[c].mean(0) - mu, f[k].mean(0) - mu, p.margin_inter)
+                    loss = loss + p.inter * R_inter / (C * (C - 1))
+        for tensor, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
+            tensor.grad = gradient
+        adam.step()
+        losses.append(loss.item())
+    return torch.cat([e.detach().flatten(1), y[:, None].float()], 1), losses
