@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -147,13 +146,10 @@ def depth(where: str, network: Generator) -> int | None:
     """
     if where == "z":
         return None
-    found = re.fullmatch(r"f(\d+)", where)
-    if where == "w" and network.layers:
-        return -1
-    if found and int(found[1]) < network.layers:
-        return int(found[1])
-    spaces = ["z", *["w"][: network.layers], *(f"f{n}" for n in range(network.layers))]
-    raise unknown("space", where, spaces)
+    inner = {"w": -1} | {f"f{n}": n for n in range(network.layers)} if network.styles else {}
+    if where not in inner:
+        raise unknown("space", where, ["z", *inner])
+    return inner[where]
 
 
 def image_of(network: Generator, n: int, f: Tensor, w: Tensor, y: Tensor) -> Tensor:

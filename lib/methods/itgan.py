@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib import augment, nets
+from lib import augment
 from lib.augment import augment_by_class, families
 from lib.data.imageset import ImageSet
 from lib.formation import by_class
@@ -117,8 +117,11 @@ class ITGAN:
             self.inversion_batch,
             self.cosine,
         )
-        seen = nets.make(self.network, train, generator)
-        weights, options = seen.state_dict(), {"steps": self.inversion_steps, "lr": self.inversion_lr}
+        seen = Ensemble.make(self.network, train, [generator])
+        weights, options = (
+            seen.parameters | seen.buffers,
+            {"steps": self.inversion_steps, "lr": self.inversion_lr},
+        )
 
         def compute() -> dict[str, Tensor]:
             psi = self.classifier(seen, train).eval().requires_grad_(False)
@@ -137,19 +140,17 @@ class ITGAN:
                      self.prior.weights, train.device.type, code_digest(__name__))  # fmt: skip
         return stored(f"inversion-{key}", compute)["z"].to(train.device)
 
-    def classifier(self, network: torch.nn.Module, train: ImageSet) -> torch.nn.Module:
+    def classifier(self, networks: Ensemble, train: ImageSet) -> torch.nn.Module:
         """The network whose features are inverted, trained on the real images: SGD at 0.01, a tenth after half of the epochs."""
-        if not self.classifier_epochs:
-            return network
-        rate, drop = halving_schedule(0.01, self.classifier_epochs)
-        ensemble = Ensemble.of(network)
-        own = torch.Generator(train.device).manual_seed(0)
-        sgd_steps(
-            ensemble, train.images.unsqueeze(0), train.labels.unsqueeze(0), [own], epochs=self.classifier_epochs, lr=rate,
-            momentum=0.9, weight_decay=5e-4, batch=256, fresh_at=(drop,),
-            augmentation="_".join(families(self.augmentation, train)) or "none",
-        )  # fmt: skip
-        return ensemble.network(0)
+        if self.classifier_epochs:
+            rate, drop = halving_schedule(0.01, self.classifier_epochs)
+            own = torch.Generator(train.device).manual_seed(0)
+            sgd_steps(
+                networks, train.images.unsqueeze(0), train.labels.unsqueeze(0), [own], epochs=self.classifier_epochs,
+                lr=rate, momentum=0.9, weight_decay=5e-4, batch=256, fresh_at=(drop,),
+                augmentation="_".join(families(self.augmentation, train)) or "none",
+            )  # fmt: skip
+        return networks.network(0)
 
     def step(self, state: State, generator: torch.Generator) -> dict[str, Tensor]:
         """One update of all latents, batch by batch, in one network."""
