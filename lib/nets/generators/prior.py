@@ -48,7 +48,8 @@ class Generator(nn.Module):
     layers overrides ``forward`` alone and leaves ``layers`` 0.
 
     Attributes:
-        latent: shape of a code z; styles: shape of its W, () where only latents are codes; shape: ``(c, h, w)`` of an image; num_classes: C; layers: L.
+        latent: shape of a code z; styles: shape of its W, () where only latents are codes.
+        shape: ``(c, h, w)`` of an image; num_classes: C; layers: L.
         aside: names of submodules that training or inversion needs and generation does not (an encoder, a critic).
     """
 
