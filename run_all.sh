@@ -247,7 +247,7 @@ clean() {
   done
   for path in .cache .snakemake .setup .pytest_cache .ruff_cache .hypothesis ./*.egg-info results/logs results/cache results/*+*/ figures/*+*/ \
     results/*/*/executed*.ipynb \
-    figures/index.html figures/style.css figures/html figures/.[!.]*/ notebooks/.ipynb_checkpoints; do
+    figures/*.{html,js,inv} figures/_* figures/html figures/.[!.]* notebooks/.ipynb_checkpoints; do
     if [[ -e $path ]]; then
       echo "deleting ${path%/}"
       rm -rf -- "${path%/}"

@@ -15,7 +15,6 @@ from lib.methods import METHODS
 from lib.plain import text as text_of
 from lib.system.files import ROOT
 from workflow.pages.normalise import BYTES, normalised
-from workflow.pages.page import markdown
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TABLE = ROOT / "workflow" / "notebooks.yaml"
@@ -59,13 +58,10 @@ def complaints(name: str, text: str) -> list[str]:
 
 def _writing(node) -> list[str]:
     """How a notebook of this companion says things."""
-    prose = [cell.source for cell in node.cells if cell.cell_type == "markdown"]
     code = [cell for cell in node.cells if cell.cell_type == "code"]
-    words = [*prose, *(cell.source for cell in code), *_texts(_outputs(code))]
-    unread = re.findall(r'<code class="tex">(.*?)</code>', "".join(map(markdown, prose)), re.DOTALL)
-    wrong = [f"a formula that cannot be drawn: {formula}" for formula in unread]
+    words = [*(cell.source for cell in node.cells), *_texts(_outputs(code))]
     found = {why: re.search(pattern, "\n".join(words)) for pattern, why in WORDS.items()}
-    wrong += [f"{why}: {match[0]}" for why, match in found.items() if match]
+    wrong = [f"{why}: {match[0]}" for why, match in found.items() if match]
     nodes = [node for cell in code for node in ast.walk(ast.parse(_python(cell.source)))]
     return wrong + [told for one in nodes if isinstance(one, ast.Call) and (told := _unread_figure(one))]
 
@@ -210,7 +206,6 @@ def test_a_good_notebook_passes():
         ("kernel", lambda node: node.metadata.kernelspec.update(name="conda-env")),
         ("normal form", lambda node: node.metadata.update(papermill={})),
         ("under 300000", lambda node: node.cells[2].outputs[0].update(text="x" * 300_000)),
-        ("cannot be drawn", lambda node: node.cells[0].update(source="# T\n$\\nosuchcommand$")),
         ("kept by case", lambda node: node.cells[2].update(source="results[repr(case)]")),
         ("confirmed or not", lambda node: node.cells[0].update(source="# Not at this scale")),
         ("old way", lambda node: node.cells[2].update(source="dm.PRESETS")),

@@ -1,42 +1,55 @@
 """``python -m workflow.pages.gallery``: the results as pages to browse, ``figures/index.html``.
 
-Reads every ``results/<run>/<notebook>/run.json``; needs no server, no script and nothing from the network.
+Writes what is particular here (a front page, the leaderboard, each notebook with its papers and its provenance) as MyST Markdown and
+leaves the rest to Sphinx (``conf.py``). Reads every ``results/<run>/<notebook>/run.json``; the pages need no server and no network.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
+import fcntl
 import json
+import re
+import shutil
 import sys
 import tempfile
 from html import escape
-from itertools import count, groupby
+from importlib.metadata import files
+from itertools import groupby
 from pathlib import Path
-from urllib.parse import quote
 
-from lib.companion.contents import FAMILIES
+from lib.companion import tables
+from lib.companion.contents import FAMILIES, methods_of
 from lib.companion.profiles import PROFILES
 from lib.companion.run import output_root
 from lib.companion.verdicts import CONFIRMED, CONTRADICTED, FAILS, HOLDS, tally
+from lib.methods import METHODS
 from lib.system.errors import CompanionError
 from lib.system.files import ROOT
-from workflow.pages.page import notebook_body, shell, style_sheet
+from workflow.machine import cores
+from workflow.pages import overview
 from workflow.state import held
 
+HERE = Path(__file__).parent
 TITLE = "Dataset distillation, side by side"
 LEAD = (
     "A few synthetic images that teach a network what the whole training set would. "
     "Each card is one method or question run on real data, the paper's claims checked on what was measured."
 )
+LOOKS = {
+    CONFIRMED: "success",
+    HOLDS: "success",
+    CONTRADICTED: "warning",
+    FAILS: "warning",
+}  # the others are neither
+BORDER = ' border="1"'  # which pandas gives a table
+FILTER = '<input class="filter" type="search" placeholder="Filter: DM, fashion14, confirmed ..." aria-label="Filter">'
 
 
 def build(root: Path, notebooks: Path | None = None) -> list[Path]:
-    """Write ``figures/index.html``, one page per notebook with a run and the style sheet under ``root``.
+    """Write ``figures/index.html`` and one page per notebook with a run under ``root``.
 
-    Everything is written to a folder of this call's own and then put in place, so that two calls at once leave one whole gallery
-    and a reader never sees half a page.
+    Everything is made in a folder of this call's own and then put in place, so that two calls at once leave one whole gallery.
 
     Args:
         root: folder with ``results/`` and ``figures/``.
@@ -49,53 +62,23 @@ def build(root: Path, notebooks: Path | None = None) -> list[Path]:
     Raises:
         CompanionError: nothing can be written there.
     """
-    records = read_records(root / "results")
-    figures = root / "figures"
+    records, figures = read_records(root / "results"), root / "figures"
     try:
         figures.mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(dir=figures, prefix=".pages-", ignore_cleanup_errors=True) as made,
             held(Path(made) / "lock", "this gallery is being built"),  # `run_all.sh clean` leaves it alone
         ):
-            pages = write_pages(Path(made), root, notebooks or root / "notebooks", records)
-            put_in_place(Path(made), figures)
+            source, beside, site = (Path(made, name) for name in ("source", "beside", "site"))
+            write_sources(source, beside, root, notebooks or root / "notebooks", records)
+            sphinx(source, beside, site)
+            put_in_place(site, figures)
     except OSError as error:
         raise CompanionError(f"cannot write {figures}: {error.strerror or error}") from error
-    return [figures / page for page in pages]
-
-
-def write_pages(made: Path, root: Path, notebooks: Path, records: list[dict]) -> list[str]:
-    """All files of the gallery under ``made``; returns the pages' names, the index first."""
-    pages = ["index.html"]
-    (made / "html").mkdir()
-    for record in records:
-        source = notebook_source(root, notebooks, record)
-        if source is not None:
-            record["page"] = f"html/{record['run']}/{record['notebook']}.html"
-            pages.append(record["page"])
-            write_page(made / record["page"], source, record)
-    (made / "style.css").write_text(style_sheet(), encoding="utf-8")
-    index = shell(TITLE, index_body(root, records), description=LEAD)
-    (made / "index.html").write_text(index, encoding="utf-8")
-    return pages
-
-
-def put_in_place(made: Path, figures: Path) -> None:
-    """Move a finished gallery to where it is read; the one that stood there leaves with ``made``.
-
-    Of two calls at once the later one's stays. A folder cannot replace another in one step, hence the tries.
-    """
-    for attempt in count():
-        with contextlib.suppress(FileNotFoundError):
-            (figures / "html").rename(made / f"before-{attempt}")
-        try:
-            (made / "html").rename(figures / "html")
-            break
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt >= 100:
-                raise
-    for name in ("style.css", "index.html"):
-        (made / name).replace(figures / name)
+    return [
+        figures / "index.html",
+        *(figures / f"{record['page']}.html" for record in records if "page" in record),
+    ]
 
 
 def read_records(results: Path) -> list[dict]:
@@ -107,16 +90,68 @@ def read_records(results: Path) -> list[dict]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             record |= {"run": path.parent.parent.name, "notebook": path.parent.name}
-            records.append(
-                {"title": path.parent.name, "claim": "", "headline": {}, "figures": {}, "tables": {}} | record
-            )
+            records.append({"title": path.parent.name, "claim": "", "headline": {}, "figures": {}} | record)
         except (OSError, ValueError, TypeError) as error:
             print(f"left out {path}: {error}", file=sys.stderr)
-    order = list(PROFILES)
-    return sorted(
-        records,
-        key=lambda r: (order.index(r["run"]) if r["run"] in order else len(order), r["run"], r["notebook"]),
-    )
+    order = [*PROFILES, *sorted({record["run"] for record in records} - PROFILES.keys())]
+    return sorted(records, key=lambda record: (order.index(record["run"]), record["notebook"]))
+
+
+def sphinx(source: Path, beside: Path, site: Path) -> None:
+    """Make ``site`` from ``source`` and copy what is ``beside`` it; what Sphinx complains of is said."""
+    # jsonschema's check of URI formats, which notebooks do not have, costs a second at import
+    sys.modules.setdefault("rfc3987_syntax", None)
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+    changes = {"html_extra_path": [str(beside)]}
+    with patch_docutils(HERE), docutils_namespace():
+        doctrees = site.with_name("doctrees")
+        app = Sphinx(
+            source, HERE, site, doctrees, "html", changes, status=None, warning=sys.stderr, parallel=cores()
+        )
+        app.build()
+    shutil.rmtree(site / "_sources", ignore_errors=True)  # empty
+    (site / ".buildinfo").unlink(missing_ok=True)
+
+
+def put_in_place(site: Path, figures: Path) -> None:
+    """Move a finished gallery to where it is read, one after another where several are made at once."""
+    with open(figures / ".pages.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for made in sorted(site.iterdir()):
+            place, old = figures / made.name, site.parent / f"before-{made.name}"
+            if place.exists():
+                place.rename(old)
+            made.rename(place)
+
+
+# -- what Sphinx reads ----------------------------------------------------------------------------------------------------
+
+
+def write_sources(source: Path, beside: Path, root: Path, notebooks: Path, records: list[dict]) -> None:
+    """All of ``source``: the notebooks with their pages' names in ``record["page"]``, the leaderboard and the front page; and what
+    stands ``beside`` the pages: notebooks to download, and MathJax in one file.
+    """
+    (script,) = (file for file in files("sphinx-mathjax-offline") if file.match("mathjax/tex-svg.js"))
+    (beside / "_static").mkdir(parents=True)
+    shutil.copy(script.locate(), beside / "_static")
+    for record in records:
+        shown = notebook_source(root, notebooks, record)
+        if shown is None:
+            continue
+        record["page"] = f"html/{record['run']}/{record['notebook']}"
+        text = shown.read_text(encoding="utf-8")
+        content = json.dumps(prepared(json.loads(text), record))
+        for folder, written in ((beside, text), (source, content)):
+            path = folder / f"{record['page']}.ipynb"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(written, encoding="utf-8")
+    source.mkdir(exist_ok=True)
+    board = tables.standing(tables.read_tables(root / "results"))
+    (source / "leaderboard.md").write_text(leaderboard(board, records), encoding="utf-8")
+    pictures = overview.draw(board, source)
+    (source / "index.md").write_text(index(source, root, records, pictures), encoding="utf-8")
 
 
 def notebook_source(root: Path, notebooks: Path, record: dict) -> Path | None:
@@ -128,139 +163,166 @@ def notebook_source(root: Path, notebooks: Path, record: dict) -> Path | None:
     return committed if record["run"] == "cpu" and committed.is_file() else None
 
 
-def write_page(page: Path, source: Path, record: dict) -> None:
-    """One notebook as HTML with a way back and its provenance."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{record['notebook']} · {record['run']}"
-    body = f"""<nav class="top"><a href="../../index.html">← All results</a><span>{escape(name)}</span></nav>
-<main class="notebook">
-{notebook_body(source, page, record["title"])}
-{provenance(record)}
-</main>"""
-    text = shell(f"{record['title']} ({record['run']})", body, root="../../", description=record["claim"])
-    page.write_text(text, encoding="utf-8")
+def prepared(notebook: dict, record: dict) -> dict:
+    """A notebook as its page shows it: code folded, tables that may be wide, papers and a download first, provenance last."""
+    cells = [
+        cell for cell in notebook["cells"] if "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]
+        for output in cell.get("outputs", ()):
+            if "text/html" in (data := output.get("data", {})):
+                markup = re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+                data["text/html"] = re.sub(r"<table.*?</table>", _wide, markup, flags=re.DOTALL)
+    heading = {"cell_type": "markdown", "id": "first", "metadata": {}, "source": f"# {record['title']}\n"}
+    first = cells[0] if cells and "".join(cells[0]["source"]).startswith("# ") else heading
+    title, _, rest = "".join(first["source"]).partition("\n")
+    first["source"] = f"{title}\n\n{papers(record)}\n\n{rest}"
+    last = {"cell_type": "markdown", "id": "last", "metadata": {}, "source": provenance(record)}
+    return notebook | {"cells": [first, *(cell for cell in cells if cell is not first), last]}
 
 
-def index_body(root: Path, records: list[dict]) -> str:
-    """Header and one section per run, its cards by family."""
-    parts = [f"<header><h1>{escape(TITLE)}</h1><p>{escape(LEAD)}</p></header>\n<main>"]
-    for run in dict.fromkeys(record["run"] for record in records):
-        about = f'<p class="about">{escape(PROFILES[run].description)}</p>' if run in PROFILES else ""
-        mine = [record for record in records if record["run"] == run]
-        families = "\n".join(family(root, key, list(group)) for key, group in groupby(mine, key=_digit))
-        parts.append(f"<section><h2>{escape(run)}</h2>{about}\n{families}</section>")
-    if not records:
-        parts.append("<p>No results yet: run the notebooks first.</p>")
-    return "\n".join(parts) + "\n</main>"
+def _wide(table: re.Match) -> str:
+    return f'<div class="wide" role="region" aria-label="table" tabindex="0">{table[0].replace(BORDER, "")}</div>'
 
 
-def family(root: Path, digit: str, records: list[dict]) -> str:
-    """The cards of the notebooks whose numbers begin with one digit."""
-    cards = "\n".join(card(root, record) for record in records)
-    name = FAMILIES.get(digit, "Others")
-    return f'<h3 class="family">{escape(name)}</h3>\n<div class="cards">\n{cards}\n</div>'
-
-
-def _digit(record: dict) -> str:
-    return record["notebook"][:1]
-
-
-def card(root: Path, record: dict) -> str:
-    """Thumbnail, title, claim, ours beside published, verdicts and files of one run."""
-    title = escape(record["title"])
-    link = quote(record["page"]) if "page" in record else None
-    heading = f'<a href="{link}">{title}</a>' if link else title
-    headline = record["headline"]
-    numbers = "".join(
-        f"<div><dt>{name}</dt><dd>{escape(headline[key]).replace(' ± ', '&nbsp;±&nbsp;')}</dd></div>"
-        for key, name in (("ours", "ours"), ("published", "published"))
-        if headline.get(key)
-    )
-    return f"""<article class="card">
-{thumbnail(root, record)}
-<h4><span class="number">{escape(record["notebook"].split("_")[0])}</span> {heading}</h4>
-<p class="claim">{escape(record["claim"])}</p>
-{f"<dl>{numbers}</dl>" if numbers else ""}
-{verdict_list(record)}
-{file_list(root, record)}
-</article>"""
-
-
-def thumbnail(root: Path, record: dict) -> str:
-    """The figure marked as thumbnail, else the first one that exists."""
-    chosen = sorted(record["figures"].values(), key=lambda figure: not figure.get("thumbnail"))
-    for figure in chosen:
-        if (root / figure["file"]).is_file():
-            caption = escape(figure.get("caption", ""))
-            source = f'<img loading="lazy" src="{_link(figure["file"])}" alt="{caption}">'
-            return f'<div class="thumbnail">{source}</div>'
-    return '<div class="thumbnail empty" aria-hidden="true"></div>'
-
-
-LOOKS = {CONFIRMED: "held", HOLDS: "held", CONTRADICTED: "failed", FAILS: "failed"}  # the others are neither
-
-
-def verdict_list(record: dict) -> str:
-    """How the claims and checks came out, unfolding to their lines."""
-    verdicts = record.get("verdicts", [])
-    if not verdicts:
-        return ""
-    pills = " ".join(
-        f'<span class="pill {LOOKS.get(outcome, "open")}">{n} {outcome}</span>'
-        for outcome, n in tally(verdicts).items()
-        if n
-    )
-    lines = "".join(
-        f'<li class="{LOOKS.get(verdict["outcome"], "open")}"><b>{verdict["outcome"]}</b> {escape(verdict["said"])}</li>'
-        for verdict in verdicts
-    )
-    return f'<details class="verdicts"><summary>{pills}</summary><ul>{lines}</ul></details>'
-
-
-def file_list(root: Path, record: dict) -> str:
-    """Links to the figures and tables that exist."""
-    links = []
-    for kind in ("figures", "tables"):
-        for name, entry in record[kind].items():
-            path = Path(entry["file"])
-            if (root / path).is_file():
-                links.append(f'<li><a href="{_link(path)}">{escape(name + path.suffix)}</a></li>')
-    number = f"{len(links)} file{'s' if len(links) != 1 else ''}"
-    return (
-        f'<details class="files"><summary>{number}</summary><ul>{"".join(links)}</ul></details>'
-        if links
-        else ""
-    )
+def papers(record: dict) -> str:
+    """The line below a heading: the notebook to download and the papers to read."""
+    found = {
+        METHODS[name].arxiv: METHODS[name] for name in methods_of(record["notebook"]) if METHODS[name].arxiv
+    }
+    links = [f'<a href="{record["notebook"]}.ipynb" download>notebook</a>', escape(f"run {record['run']}")]
+    links += [
+        f'<a href="https://arxiv.org/abs/{key}">{escape(entry.paper)}, arXiv {key}</a>'
+        for key, entry in found.items()
+    ]
+    return f'<p class="facts">{" · ".join(links)}</p>'
 
 
 def provenance(record: dict) -> str:
     """Code, versions, machine and cost of a run, folded."""
     git = record.get("git", {})
-    commit = git["commit"][:12] if git.get("commit") else "none"
-    commit += " with changes" if git.get("dirty") else ""
+    commit = (git.get("commit") or "none")[:12] + (" with changes" if git.get("dirty") else "")
+    given = {name: value for name, value in record.get("parameters", {}).items() if value is not None}
     facts = {
         "commit": commit,
-        "parameters": ", ".join(
-            f"{k} = {v}" for k, v in record.get("parameters", {}).items() if v is not None
-        ),
+        "parameters": ", ".join(f"{name} = {value}" for name, value in given.items()),
         "machine": f"{record.get('device', '?')}, threads {record.get('threads', '?')}",
         "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
         "cost": f"{record.get('seconds', 0):.0f} s, peak memory {record.get('peak_mb', 0):,.0f} MB",
-    }
-    for name, stage in record.get("stages", {}).items():
-        facts[f"stage {name}"] = f"{stage['seconds']:.1f} s"
-    rows = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()
-    )
-    return f'<details class="provenance"><summary>How this was made</summary><dl>{rows}</dl></details>'
+    } | {f"stage {name}": f"{stage['seconds']:.1f} s" for name, stage in record.get("stages", {}).items()}
+    rows = "\n".join(f"{name}\n: {text(value)}\n" for name, value in facts.items())
+    return f"::::{{dropdown}} How this was made\n{rows}\n::::"
 
 
-def _link(path: Path | str) -> str:
-    """The way from ``figures/`` to a file recorded relative to the root."""
-    path = Path(path)
-    return quote(
-        path.relative_to("figures").as_posix() if path.parts[0] == "figures" else f"../{path.as_posix()}"
+def text(words: str) -> str:
+    """Words as Markdown that says just them."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|$~&^])", r"\\\1", words)
+
+
+# -- the front page and the leaderboard -----------------------------------------------------------------------------------
+
+
+def index(source: Path, root: Path, records: list[dict], pictures: list[str]) -> str:
+    """The front page: overview, filter, and the cards of every run by family."""
+    parts = ["---\nhide-toc: true\n---", f"# {TITLE}", LEAD]
+    for theme, picture in zip(("light", "dark"), pictures, strict=False):
+        parts.append(f"![{overview.CAPTION}]({picture}){{.only-{theme} .overview}}")
+    if pictures:
+        parts.append(f"*{overview.CAPTION}* [All numbers](leaderboard.md) can be sorted and filtered.")
+    parts.append(FILTER if records else "No results yet: run the notebooks first.")
+    trees = ["```{toctree}\n:hidden:\n\nleaderboard\n```"]
+    for (run, digit), group in groupby(records, key=lambda record: (record["run"], record["notebook"][:1])):
+        mine = list(group)
+        name = f"{'' if run == 'cpu' else f'{run}: '}{FAMILIES.get(digit, 'Others')}"
+        cards = "\n".join(card(source, root, record) for record in mine)
+        parts.append(f"## {text(name)}\n\n:::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n:::::")
+        pages = "\n".join(f"{record['title']} <{record['page']}>" for record in mine if "page" in record)
+        trees.append(f"```{{toctree}}\n:hidden:\n:caption: {name}\n\n{pages}\n```")
+    return "\n\n".join([*parts, *trees, ""])
+
+
+def card(source: Path, root: Path, record: dict) -> str:
+    """Pictures, title, claim, ours beside published and verdicts of one run."""
+    link = f":link: /{record['page']}\n:link-type: doc\n" if "page" in record else ""
+    shown = ""
+    for figure in pictures_of(root, record):
+        copy = Path("pictures", figure["file"])
+        (source / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / figure["file"], source / copy)
+        shown += f"![{text(figure.get('caption') or record['title'])}](/{copy.as_posix()})\n"
+    numbers = "\n".join(
+        f"{name}\n: {text(record['headline'][name])}\n"
+        for name in ("ours", "published")
+        if record["headline"].get(name)
     )
+    outcomes = tally(record.get("verdicts", []))
+    badges = " ".join(
+        f"{{bdg-{LOOKS.get(name, 'secondary')}-line}}`{n} {name}`" for name, n in outcomes.items() if n
+    )
+    title = f"{record['notebook'].split('_')[0]} {text(record['title'])}"
+    parts = [f"::::{{grid-item-card}} {title}\n{link}", shown, text(record["claim"]), numbers, badges]
+    return "\n\n".join(part for part in parts if part) + "\n::::"
+
+
+def pictures_of(root: Path, record: dict) -> list[dict]:
+    """Images before and after distillation, of the case that the run marked if it can be; else the figure it marked, else the first."""
+    found = {name: figure for name, figure in record["figures"].items() if (root / figure["file"]).is_file()}
+    marked = sorted(found, key=lambda name: not found[name].get("thumbnail"))
+    pairs = [
+        (f"start_{name[4:]}", name)
+        for name in marked
+        if name.startswith("end_") and f"start_{name[4:]}" in found
+    ]
+    return [found[name] for name in (pairs or [marked])[0][: 2 if pairs else 1]]
+
+
+def leaderboard(board, records: list[dict]) -> str:
+    """Every row of every table that stands for a method, to sort and to filter."""
+    import pandas as pd
+
+    pages = {(record["run"], record["notebook"]): record["page"] for record in records if "page" in record}
+    rows, order = [], ["run", "dataset", "ipc", "labels", "protocol", "network", "acc"]
+    for row in board.sort_values(order, ascending=[True] * 6 + [False]).to_dict("records"):
+        entry, name = METHODS[row["method"]], escape(tables.label(row["method"]))
+        page = pages.get((row["run"], row["notebook"]))
+        rows.append(
+            {
+                "method": f'<a href="https://arxiv.org/abs/{entry.arxiv}">{name}</a>'
+                if entry.arxiv
+                else name,
+                "notebook": f'<a href="{page}.html">{row["notebook"]}</a>' if page else row["notebook"],
+                "data": row["dataset"],
+                "ipc": row["ipc"],
+                "accuracy": f"{row['acc']:.1f}",
+                "±": f"{row['acc_sd']:.1f}",
+                "sets": row["n"],
+                "random": f"{row['random_acc']:.1f}",
+                "gain": f"{row['acc'] - row['random_acc']:+.1f}",
+                "all data": f"{row['full_acc']:.1f}",
+                "labels": row["labels"],
+                "protocol": escape(row["protocol"]),
+                "network": escape(row["network"]),
+                "seconds": f"{row['seconds']:.1f}",
+                "bytes": f"{row['bytes_images'] + row['bytes_labels']:.0f}",
+                "run": escape(row["run"]),
+            }
+        )
+    frame = pd.DataFrame(rows).replace({"nan": "", "+nan": ""})
+    if len(frame) and frame["run"].nunique() == 1:
+        frame = frame.drop(columns="run")
+    table = (
+        frame.to_html(index=False, escape=False, border=0, classes="sortable")
+        if rows
+        else "<p>No results yet.</p>"
+    )
+    about = (
+        "Accuracy in %, mean ± standard deviation over independent sets. Only rows of the same data, IPC, protocol, network and labels "
+        "may be compared: `random` is as many real images, `all data` the whole training set, under that row's protocol. Seconds are of "
+        "one distillation on the machine that ran it. A click on a heading sorts; the field takes words of a row, such as `fashion14 hard`."
+    )
+    return f'---\nhide-toc: true\n---\n\n# Leaderboard\n\n{about}\n\n{FILTER}\n\n<div class="wide">\n{table}\n</div>\n'
 
 
 def main(words: list[str] | None = None) -> int:

@@ -122,28 +122,29 @@ def results(frame, records: dict[str, dict]) -> str:
 
 
 def ours(standing, name: str, data: str, ipc: int, marks: dict[str, list[str]]) -> str:
-    """The accuracy of a method in a case, marked unless it has hard labels and the common protocol and network.
+    """The accuracy of a method in a case, marked unless it has hard labels and the common protocol and network."""
+    found = chosen(standing, name, data, ipc)
+    if found is None:
+        return ""
+    row, mark = found
+    if mark:
+        marks.setdefault(mark, []).append(f"{METHODS[name].title}: {row['protocol']}")
+    return f"{tables.spread_in(row).text(count=True)} {mark}".rstrip()
+
+
+def chosen(standing, name: str, data: str, ipc: int):
+    """The row that shows a method in a case, and its mark; None without one.
 
     One row stands for each protocol and network (:func:`lib.companion.tables.standing`). The common ones go first, then hard
     labels, then the method's own notebook, then the order of its table.
     """
     rows = case_of(standing, data, ipc)
     network = common_network(rows)
-    rows = [row for _, row in rows[rows["method"] == name].iterrows()]
-    if not rows:
-        return ""
-    row = min(
-        rows,
-        key=lambda row: (
-            len(mark_of(row, network)),
-            mark_of(row, network) == OWN,
-            row["notebook"] != METHODS[name].notebook,
-        ),
+    found = [(row, mark_of(row, network)) for _, row in rows[rows["method"] == name].iterrows()]
+    own = METHODS[name].notebook
+    return min(
+        found, key=lambda pair: (len(pair[1]), pair[1] == OWN, pair[0]["notebook"] != own), default=None
     )
-    mark = mark_of(row, network)
-    if mark:
-        marks.setdefault(mark, []).append(f"{METHODS[name].title}: {row['protocol']}")
-    return f"{tables.spread_in(row).text(count=True)} {mark}".rstrip()
 
 
 def case_of(standing, data: str, ipc: int):
