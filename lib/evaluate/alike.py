@@ -18,7 +18,11 @@ def check_alike(sets: Iterable[SyntheticSet], test) -> None:
     Raises:
         CompanionError: for the first such set, in one line that names both sides.
     """
+    if not len(test):
+        raise CompanionError(f"the data {test.name!r} have no test images")
     for synset in sets:
+        if not len(synset.labels):
+            raise CompanionError("the set has no images")
         if tuple(synset.classes) != tuple(test.classes):
             raise CompanionError(
                 f"the set has the classes {_few(synset.classes)}, the data {test.name!r} has {_few(test.classes)}: other data"

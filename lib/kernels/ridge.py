@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lib.system.errors import CompanionError
+from lib.system.errors import CompanionError, check_several
 
 
 def regularised(k_ss: Tensor, lam: float, scaled: bool = True) -> Tensor:
@@ -128,7 +128,13 @@ def platt(prediction: Tensor, labels: Tensor, log_scale: Tensor) -> Tensor:
     return F.cross_entropy(log_scale.exp() * prediction, labels.long())
 
 
+def lead(y: Tensor) -> Tensor:
+    """Largest minus second largest entry of every row, ``(m, C)`` -> ``(m,)``."""
+    check_several(y.shape[1], "the lead of a class over the next")
+    first, second = y.topk(2, dim=1).values.unbind(1)
+    return first - second
+
+
 def margin(y: Tensor, wanted: float = 1.0) -> Tensor:
     """FRePo's label term: minus the mean over rows of min(largest - second largest entry, wanted / C); RCIG wants half; y (m, C)."""
-    first, second = y.topk(2, dim=1).values.unbind(1)
-    return -(first - second).clamp_max(wanted / y.shape[1]).mean()
+    return -lead(y).clamp_max(wanted / y.shape[1]).mean()

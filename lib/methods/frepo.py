@@ -29,7 +29,7 @@ from lib.nets.widening import FeatureNet
 from lib.optim.lamb import Lamb
 from lib.recipes import Recipes, published, small
 from lib.synset import SyntheticSet, class_major
-from lib.system.errors import CompanionError
+from lib.system.errors import CompanionError, check_several
 
 LOWEST = 0.1  # of the cosine schedule, times lr
 NETWORK_BATCH = 1000  # synthetic images in one training step of a network
@@ -72,6 +72,7 @@ class FRePo:
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
         self.check()
+        check_several(train.num_classes, "FRePo")
         pixels = initial_pixels(train, ipc, self.init, generator).requires_grad_()
         classes, hard = train.num_classes, class_major(train.num_classes, ipc, pixels.device)
         labels = ridge.centred_one_hot(hard, classes, pixels.dtype) / math.sqrt(classes / 10)
@@ -107,11 +108,11 @@ class FRePo:
         self.advance(state, generator)
         state.done += 1
         state.current = int(torch.randint(self.networks, (), generator=generator, device=rows.device))
-        first, second = state.labels.detach().topk(2, dim=1).values.unbind(1)
+        labels = state.labels.detach()
         return {
             "loss": loss.detach().float(),
-            "label_max": first.mean(),
-            "label_margin": (first - second).mean(),
+            "label_max": labels.amax(1).mean(),
+            "label_margin": ridge.lead(labels).mean(),
         }
 
     def objective(self, phi, pixels: Tensor, labels: Tensor, phi_t: Tensor, y_t: Tensor) -> Tensor:

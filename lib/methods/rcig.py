@@ -34,7 +34,7 @@ from lib.nets.tangent import TangentNet
 from lib.optim.adabelief import AdaBelief
 from lib.recipes import Recipes, published, small
 from lib.synset import SyntheticSet, class_major
-from lib.system.errors import CompanionError, choose, positive, whole
+from lib.system.errors import CompanionError, check_several, choose, positive, whole
 
 LOSSES = ("platt", "mse")
 MEMORY = 0.99  # of the running mean that is the result
@@ -92,6 +92,7 @@ class RCIG:
 
     def begin(self, train, ipc: int, generator: torch.Generator) -> State:
         self.check()
+        check_several(train.num_classes, "RCIG")
         pixels = initial_pixels(train, ipc, self.init, generator).requires_grad_()
         hard = class_major(train.num_classes, ipc, pixels.device)
         labels = ridge.centred_one_hot(hard, train.num_classes, pixels.dtype).requires_grad_()

@@ -16,7 +16,7 @@ from lib.nets.flat import LAWS, draw, flatten, template, unflatten
 from lib.nets.training import sgd_steps
 from lib.system.cache import digest, stored
 from lib.system.code import code_digest
-from lib.system.errors import CompanionError, choose, positive, whole
+from lib.system.errors import CompanionError, check_several, choose, positive, whole
 
 SIDE_BY_SIDE = 8  # experts that are trained as one ensemble
 
@@ -62,6 +62,7 @@ class Experts:
         return self._kept(network, train, (epochs,))[:, 0]
 
     def _kept(self, network: str, train, wanted: tuple[int, ...]) -> Tensor:
+        check_several(train.num_classes, "a trajectory of experts")
         key = digest(self, network, wanted, train.fingerprint, train.device.type, code_digest(__name__))
         found = stored(f"experts-{key}", lambda: {"weights": self._train(network, train, wanted)})["weights"]
         if not bool(found.isfinite().all()):

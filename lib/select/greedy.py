@@ -108,6 +108,8 @@ def _farthest_first(
 
 
 def check_budget(budget: int, available: int) -> None:
+    if available < 1:
+        raise CompanionError(f"a selection of {budget} is not allowed: there are no images to choose from")
     if not 1 <= budget <= available:
         raise CompanionError(
             f"a selection of {budget} is not allowed: there are 1 to {available} images to choose from"

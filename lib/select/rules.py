@@ -49,7 +49,7 @@ def _error_norm(p, proxies: list[Trained], rows: Tensor, budget: int, generator)
 
 def _cal(p, proxies: list[Trained], rows: Tensor, budget: int, generator) -> Choice:
     last = proxies[0].last[rows]
-    values = scores.cal(last.logits, scores.neighbours(last.embeddings, p.neighbours))
+    values = scores.cal(last.logits, scores.neighbours(last.embeddings, min(p.neighbours, len(rows) - 1)))
     return scores.best(values, budget, largest=p.variant == "paper"), None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lib.kernels.ridge import lead
 from lib.select.greedy import check_budget
 from lib.select.last_layer import LastLayer
 from lib.system.errors import CompanionError, unknown
@@ -30,8 +31,7 @@ def negative_entropy(logits: Tensor) -> Tensor:
 
 def margin(logits: Tensor) -> Tensor:
     r"""$p_{(1)}-p_{(2)}$, the lead of the most probable class."""
-    best = logits.softmax(1).topk(2, dim=1).values
-    return best[:, 0] - best[:, 1]
+    return lead(logits.softmax(1))
 
 
 def el2n(last: LastLayer) -> Tensor:
@@ -57,7 +57,8 @@ def forgetting(correct: Tensor, variant: str = "paper") -> Tensor:
 
 def neighbours(features: Tensor, count: int) -> Tensor:
     """The nearest other points by Euclidean distance, nearest first: ``(n, d)`` -> ``(n, count)``."""
-    check_budget(count, len(features) - 1)
+    if count:
+        check_budget(count, len(features) - 1)
     found = []
     for rows in torch.arange(len(features), device=features.device).split(1024):
         distance = torch.cdist(features[rows], features)
@@ -76,7 +77,7 @@ def cal(logits: Tensor, nearest: Tensor) -> Tensor:
     p, total = log_p.exp(), torch.zeros_like(logits[:, 0])
     for other in nearest.T:
         total += 0.5 * ((p - p[other]) * (log_p - log_p[other])).sum(1)
-    return total / nearest.shape[1]
+    return total / max(nearest.shape[1], 1)  # an image without neighbours differs from none
 
 
 def deepfool(network: nn.Module, images: Tensor, iterations: int = 50, rows: int = 256) -> Tensor:

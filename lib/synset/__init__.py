@@ -235,6 +235,8 @@ def check_ipc(ipc: int, smallest_class: int | None = None) -> int:
         raise CompanionError(
             f"ipc {ipc!r} is not allowed: images per class must be a whole number of at least 1"
         )
+    if smallest_class == 0:
+        raise CompanionError(f"ipc {ipc} is not allowed: one of the classes has no image")
     if smallest_class is not None and number > smallest_class:
         raise CompanionError(f"ipc {ipc} is larger than the smallest class: allowed 1 to {smallest_class}")
     return number

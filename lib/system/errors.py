@@ -42,6 +42,16 @@ def whole(value, **least: int) -> None:
             raise CompanionError(f"{name} must be a whole number of at least {smallest}, not {number!r}")
 
 
+def check_several(classes: int, who: str) -> None:
+    """Refuse a single class where there is nothing to tell apart.
+
+    Raises:
+        CompanionError: naming who needs more.
+    """
+    if classes < 2:
+        raise CompanionError(f"{who} needs at least 2 classes, these data have {classes}")
+
+
 LARGEST_SEED = 2**63 - 1  # torch takes 64 bits with a sign
 
 
