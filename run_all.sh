@@ -24,7 +24,7 @@ Usage: ./run_all.sh [COMMAND] [OPTIONS]
 Commands
   run         (default) run every notebook of the profile that is not up to date, then build the tables and the gallery
   test        the tests of lib/, then every notebook against its stored outputs
-  lab         JupyterLab on the notebooks
+  lab         JupyterLab on the project, at its notebooks
   refresh     run, then write the outputs back into notebooks/
   gallery     build figures/index.html from the results that are there
   lock        resolve environment.yml afresh and write requirements.lock
@@ -191,8 +191,10 @@ run_tests() {
     export COMPANION_TEST_UNTIL=$(($(date +%s) + 60 * 10#$COMPANION_TEST_MINUTES))
   fi
   for word in "$@"; do
+    # a file is looked for here, then where the command was typed
+    if [[ $word != [-/]* && ! -e ${word%%::*} && -e $COMPANION_CALLER/${word%%::*} ]]; then word=$COMPANION_CALLER/$word; fi
     case $word in
-      notebooks | notebooks/*) shown+=("$word") ;;
+      notebooks | notebooks/* | *.ipynb) shown+=("$word") ;;
       *) if [[ $word != -* && -e ${word%%::*} ]]; then plain+=("$word"); else words+=("$word"); fi ;;
     esac
   done
@@ -307,7 +309,9 @@ case $command in
     ;;
   lab)
     use_environment
-    exec "$python" -m jupyter lab --notebook-dir="$root" ${extra[@]+"${extra[@]}"} notebooks
+    cd "$COMPANION_CALLER" # paths among the words are relative to where they were typed
+    # a folder given as a word would become the one that is served; results and figures are to be opened, too
+    exec "$python" -m jupyter lab --ServerApp.root_dir="$root" --LabApp.default_url=/lab/tree/notebooks ${extra[@]+"${extra[@]}"}
     ;;
   *)
     use_environment

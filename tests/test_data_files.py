@@ -620,3 +620,75 @@ def test_crops_of_oblong_images_follow_torchvisions_law():
     assert ((boxes.std(0) / theirs.std(0) - 1).abs() < 0.1).all()
     strip = Crops.draw(torch.ones(5), seeded()).boxes(torch.tensor([[10, 100]]).expand(5, 2))
     assert strip.tolist() == [[0, 43, 10, 13]] * 5
+
+
+def gif(path, pictures=3):
+    frames = [Image.new("RGB", (8, 8), (40 * k, 0, 0)) for k in range(pictures)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+@pytest.mark.parametrize("read", ["load", "stream"])
+def test_files_that_are_not_read_are_counted(tmp_path, read):
+    """By suffix, in one line for each half; what an operating system puts there is no file of the user's."""
+    for half in ("train", "test"):
+        for name in ("a", "b"):
+            save(tmp_path / "pets" / half / name / "1.png")
+    base = tmp_path / "pets/train"
+    gif(base / "a" / "moves.gif")
+    for name in (
+        "a/photo.HEIC",
+        "b/more/other.heic",
+        "a/notes.txt",
+        "b/README",
+        "a/.hidden.gif",
+        "a/Thumbs.db",
+    ):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"x")
+    save(base / "forgotten.png")
+    with pytest.warns(UserWarning) as caught:
+        if read == "load":
+            data = lib.data.load(f"folder:{tmp_path / 'pets'}")
+            assert len(data.train) == 2
+        else:
+            assert len(lib.data.stream(f"folder:{tmp_path / 'pets'}", size=8)) == 2
+    (told,) = [str(one.message) for one in caught]
+    assert told.startswith(f"{base}: 6 files are left out: 2 .heic, ") and "\n" not in told
+    for words in ("1 .gif", "1 .txt", "1 without a suffix", "1 beside the class folders", "read are .bmp, "):
+        assert words in told, told
+
+
+def test_an_image_astray_makes_no_class_of_a_half(tmp_path):
+    """train and test are halves as before; where another folder lies beside train, it is a class, also with folders in it."""
+    base = make_folder(tmp_path / "pets")
+    plain = lib.data.load(f"folder:{base}").train
+    save(base / "train" / "astray.png")
+    with pytest.warns(UserWarning, match="1 files are left out: 1 beside the class folders"):
+        found = lib.data.load(f"folder:{base}").train
+    assert found.classes == ("cat", "dog") and torch.equal(found.images, plain.images)
+    for name in ("bus", "train", "train/more"):
+        for k in range(2):
+            save(tmp_path / "vehicles" / name / f"{k}.png")
+    assert lib.data.load(f"folder:{tmp_path / 'vehicles'}").train.classes == ("bus", "train")
+
+
+def test_files_of_several_pictures_are_counted_and_the_first_is_read(tmp_path):
+    for name in ("a", "b"):
+        for k in range(3):
+            save(tmp_path / "pets" / name / f"{k}.png", value=7)
+    gif(tmp_path / "pets/a/moves.webp")
+    gif(tmp_path / "pets/b/pages.tiff")
+    with pytest.warns(
+        UserWarning, match="^2 of 8 files hold several pictures, of which the first one is read: .*, ...$"
+    ):
+        data = lib.data.load(f"folder:{tmp_path / 'pets'}")
+    assert len(data.train) + len(data.test) == 8
+
+
+def test_nothing_is_said_where_all_is_read(tmp_path, recwarn):
+    for name in ("a", "b"):
+        for k in range(2):
+            save(tmp_path / "pets" / name / f"{k}.png")
+        (tmp_path / "pets" / name / ".DS_Store").write_bytes(b"x")
+    lib.data.load(f"folder:{tmp_path / 'pets'}")
+    assert not recwarn.list

@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -516,6 +518,59 @@ def test_clean_keeps_committed_results_environment_and_data(project):
         for path in drop
     )
     assert not (project / "results/cpu/10_one/executed.ipynb").exists()
+
+
+def test_lab_serves_results_and_figures_beside_the_notebooks(project, tmp_path):
+    """And lands at the notebooks; `lab` is asked for them as a browser would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "lab",
+        "--no-setup",
+        "--",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        "--IdentityProvider.token=t",
+    ]
+    process = subprocess.Popen(
+        [str(project / "run_all.sh"), *words], cwd=tmp_path, env=variables(JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime")),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def get(path: str):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/{path}", headers={"Authorization": "token t"}
+        )
+        return urllib.request.urlopen(request, timeout=LIMIT)
+
+    def answers() -> bool:
+        assert process.poll() is None
+        with contextlib.suppress(OSError):
+            return get("api/status").status == 200
+        return False
+
+    try:
+        wait_for(answers)
+        names = {entry["name"] for entry in json.load(get("api/contents"))["content"]}
+        assert {"notebooks", "results", "run_all.sh"} <= names
+        assert json.load(get("api/contents/results/cpu/10_one/table.csv"))["content"].startswith("value")
+        assert get("").url.endswith("/lab/tree/notebooks")
+    finally:
+        process.terminate()
+        process.wait(timeout=LIMIT)
+
+
+def test_a_test_file_is_looked_for_where_the_command_was_typed(project):
+    (project / "tests").mkdir()
+    (project / "tests/test_it.py").write_text("def test_it(): pass\n")
+    (project / "conftest.py").write_text("")
+    words = [str(project / "run_all.sh"), "test", "--no-setup", "--", "test_it.py::test_it", "-n0"]
+    done = subprocess.run(
+        words, cwd=project / "tests", env=variables(), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_clean_deletes_nothing_that_others_are_writing(project):

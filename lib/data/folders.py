@@ -13,6 +13,7 @@ A class is a folder, labels follow the alphabetical order of the class folders (
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.data.images import SUFFIXES, WORKERS, common_form, decode_all, files_below, visible
+from lib.data.images import SUFFIXES, WORKERS, common_form, decode_all, files_below, tell_left_out, visible
 from lib.data.imageset import NATURAL
 from lib.data.memory import check_fits
 from lib.data.source import Source, channel_statistics
@@ -63,7 +64,8 @@ class Listing:
 
 
 def find(name: str, root: Path) -> Listing:
-    """The files and labels of a data set: one of :data:`NAMES` below ``root``, or ``folder:/path``.
+    """The files and labels of a data set: one of :data:`NAMES` below ``root``, or ``folder:/path``. For a folder of yours a
+    warning says how many files are not read.
 
     Raises:
         CompanionError: when it is not there, or a class has no image.
@@ -132,9 +134,7 @@ def _own(base: Path) -> Listing:
         reason = "is not a folder" if base.exists() else "does not exist"
         raise CompanionError(f"{base} {reason}; expected {base}/train/<class>/*.png or {base}/<class>/*.png")
     name = PREFIX + base.resolve().name
-    # a class may be called train: the half of that name holds class folders, not images
-    halves = (base / "train").is_dir() and not _holds_images(base / "train")
-    train = base / "train" if halves else base
+    train = base / "train" if _is_half(base) else base
     classes = _class_folders(train)
     if len(classes) == 1:
         deeper = [
@@ -151,7 +151,7 @@ def _own(base: Path) -> Listing:
     found = (
         next((base / half for half in TEST_NAMES if (base / half).is_dir()), None) if train != base else None
     )
-    files = _by_class(train, classes)
+    files = _by_class(train, classes, tell=True)
     if found is None:
         return Listing(name, *split_by_class(files, len(classes)), classes)
     strange = sorted(set(_class_folders(found)) - set(classes))
@@ -159,7 +159,7 @@ def _own(base: Path) -> Listing:
         raise CompanionError(
             f"{found / strange[0]} has no counterpart in {train}; classes there: {', '.join(classes)}"
         )
-    return Listing(name, files, _by_class(found, classes), classes)
+    return Listing(name, files, _by_class(found, classes, tell=True), classes)
 
 
 def _below(root: Path, name: str, folders: tuple[str, ...]) -> Path:
@@ -172,10 +172,23 @@ def _below(root: Path, name: str, folders: tuple[str, ...]) -> Path:
     raise CompanionError(f"{name} is not in {root} (no train folder in {places[0]}); get it from {page}")
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(
-        Path(name).suffix.lower() in SUFFIXES for name in visible(entry.name for entry in folder.iterdir())
-    )
+def _is_half(base: Path) -> bool:
+    """Whether ``base/train`` holds class folders. A class may have that name: it holds images; so does a half into which some went
+    astray, which no folders lie beside but the other half's."""
+    train = base / "train"
+    if not train.is_dir() or not _images_in(train):
+        return train.is_dir()
+    others = set(_class_folders(base)) - {"train"}
+    return others <= set(TEST_NAMES) and any(files_below(path) for path in train.iterdir() if path.is_dir())
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Image files of the folder itself."""
+    return [
+        name
+        for name in visible(entry.name for entry in folder.iterdir() if entry.is_file())
+        if Path(name).suffix.lower() in SUFFIXES
+    ]
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
@@ -185,20 +198,24 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _by_class(folder: Path, names: tuple[str, ...]) -> Files:
-    """The files of ``folder/name`` for each name, labelled by position."""
+def _by_class(folder: Path, names: tuple[str, ...], tell: bool = False) -> Files:
+    """The files of ``folder/name`` for each name, labelled by position; ``tell`` whether others are left out."""
     absent = [name for name in names if not (folder / name).is_dir()]
     if absent:
         listed = ", ".join(repr(name) for name in absent[:20]) + (", ..." if len(absent) > 20 else "")
         raise CompanionError(
             f"{folder} has no class folder {listed} ({len(absent)} of {len(names)} are missing)"
         )
-    pairs = []
+    pairs, left_out = [], Counter()
     for label, name in enumerate(names):
-        paths = files_below(folder / name)
+        paths = files_below(folder / name, left_out)
         if not paths:
             raise CompanionError(f"the class folder {folder / name} has no readable image (.png, .jpg, ...)")
         pairs += [(path, label) for path in paths]
+    if tell:
+        if beside := _images_in(folder):
+            left_out["beside the class folders"] = len(beside)
+        tell_left_out(folder, left_out)
     return _files(pairs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from torch import Tensor
 from lib.system.errors import CompanionError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+SYSTEM_FILES = {"Thumbs.db", "desktop.ini"}
 WORKERS = min(16, os.cpu_count() or 1)
 
 
@@ -75,17 +77,26 @@ def decode_all(paths: Sequence[Path], size: int, channels: int, pool: ThreadPool
 def common_form(paths: Sequence[Path], size: int | None, pool: ThreadPoolExecutor) -> tuple[int, int]:
     """(side, channels) of all images from their headers: 1 channel if every image is grey, else 3.
 
+    Of files with several pictures, animations or pages, the first one is read; a warning says how many there are.
+
     Raises:
         CompanionError: without ``size``, for images of mixed sizes (two are named) or that are not square.
     """
-    headers = list(pool.map(lambda path: _with_image(path, lambda image: (image.size, image.mode)), paths))
-    channels = 1 if all(mode in ("1", "L", "LA") for _, mode in headers) else 3
+    headers = list(pool.map(lambda path: _with_image(path, _header), paths))
+    several = [path for path, header in zip(paths, headers, strict=True) if header[2]]
+    if several:
+        warnings.warn(
+            f"{len(several)} of {len(paths)} files hold several pictures, of which the first one is read: {several[0]}"
+            + (", ..." if len(several) > 1 else ""),
+            stacklevel=2,
+        )
+    channels = 1 if all(mode in ("1", "L", "LA") for _, mode, _ in headers) else 3
     if size is not None:
         return size, channels
-    (width, height), most = Counter(shape for shape, _ in headers).most_common(1)[0]
+    (width, height), most = Counter(shape for shape, _, _ in headers).most_common(1)[0]
     if most < len(paths):
-        odd = next(i for i, (shape, _) in enumerate(headers) if shape != (width, height))
-        usual = next(i for i, (shape, _) in enumerate(headers) if shape == (width, height))
+        odd = next(i for i, (shape, _, _) in enumerate(headers) if shape != (width, height))
+        usual = next(i for i, (shape, _, _) in enumerate(headers) if shape == (width, height))
         raise CompanionError(
             f"images of mixed sizes: {paths[usual]} is {width}x{height}, {paths[odd]} is "
             f"{headers[odd][0][0]}x{headers[odd][0][1]}; pass size= to scale them all"
@@ -95,6 +106,11 @@ def common_form(paths: Sequence[Path], size: int | None, pool: ThreadPoolExecuto
             f"images are not square: {paths[0]} is {width}x{height}; pass size= to scale and crop"
         )
     return width, channels
+
+
+def _header(image) -> tuple[tuple[int, int], str, bool]:
+    """Size, mode, and whether there are several pictures (previews in a camera's file are none)."""
+    return image.size, image.mode, image.format != "MPO" and getattr(image, "is_animated", False)
 
 
 def _with_image(path: Path, use: Callable):
@@ -123,13 +139,32 @@ def _resize_and_crop(image, size: int, resize: int):
     return image.crop((left, top, left + size, top + size))
 
 
-def files_below(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, by suffix, sorted; hidden ones are left out."""
+def files_below(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """The image files in a folder and below it, by suffix, sorted; hidden ones are left out.
+
+    Args:
+        left_out: the suffixes of the other files are counted here.
+    """
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in visible(names) if Path(name).suffix.lower() in SUFFIXES]
+        for name in visible(names):
+            suffix = Path(name).suffix.lower()
+            if suffix in SUFFIXES:
+                found.append(Path(parent, name))
+            elif left_out is not None and name not in SYSTEM_FILES:
+                left_out[suffix or "without a suffix"] += 1
     return sorted(found)
+
+
+def tell_left_out(folder: Path, left_out: Counter[str]) -> None:
+    """Warn, in one line, that files of a folder are not read, and how many of which kind."""
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
+        warnings.warn(
+            f"{folder}: {left_out.total()} files are left out: {kinds}; read are {', '.join(sorted(SUFFIXES))}",
+            stacklevel=2,
+        )
 
 
 def visible(names: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ import csv
 import pickle
 import re
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data.images import WORKERS, decode_all, files_below, visible
+from lib.data.images import WORKERS, decode_all, files_below, tell_left_out, visible
 from lib.data.subsets import SUBSETS
 from lib.data.whitening import WHITENINGS
 from lib.synset import SyntheticSet, class_major
@@ -259,15 +260,16 @@ def _folder(folder: Path, name: str, classes: tuple[str, ...], shape: tuple[int,
     base = folder / "train" if (folder / "train").is_dir() else folder
     names = sorted(visible(entry.name for entry in base.iterdir() if entry.is_dir()))
     labels = _folder_labels(base, names, name, classes)
-    paths, of = [], []
+    paths, of, left_out = [], [], Counter()
     for folder_name, label in sorted(labels.items(), key=lambda pair: pair[1]):
-        found = files_below(base / folder_name)
+        found = files_below(base / folder_name, left_out)
         if not found:
             raise CompanionError(
                 f"the class folder {base / folder_name} has no readable image (.png, .jpg, ...)"
             )
         paths += found
         of += [label] * len(found)
+    tell_left_out(base, left_out)
     with ThreadPoolExecutor(WORKERS) as pool:
         return Released(
             decode_all(paths, shape[-1], shape[0], pool), torch.tensor(of), _folder_weights(folder, paths)
