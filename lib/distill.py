@@ -5,11 +5,14 @@ A method (see ``lib.methods``) is three functions, ``begin``, ``step`` and ``fin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +61,7 @@ class Distilled:
 
 
 def distill(
-    method: Method,
+    method: Method | str,
     train,
     ipc: int,
     seed: int = 0,
@@ -72,39 +75,42 @@ def distill(
 ) -> Distilled:
     """Run a method from its beginning, or from its checkpoint, to its synthetic set.
 
+    Interrupted (Ctrl-C, the stop button of JupyterLab), it ends the step it is in, keeps its state and says so; the same call goes on.
+
     The result depends on the arguments method, train, ipc and seed alone: a run that is killed and started again ends with
     the same bits (on the same machine and thread count).
 
     Args:
-        train: the data to distil, an ``ImageSet``.
+        method: its settings, ``DM(iterations=300)``; a name, ``"dm"``, stands for its recipe for these data (``lib.recipes``).
+        train: the data to distil: an ``ImageSet``, or both halves (``lib.data.Data``), of which the training half is taken.
         ipc: stored images per class; seed: of every random choice.
         snapshots: steps whose images are kept (0 is the initial set).
         checkpoint: file to save the state to, at least every ``checkpoint_seconds``, and to go on from if it exists; removed at
             the end. With ``cache`` it has a place of its own.
         cache: keep the result under a key of configuration, data, seed and code, and return it at once when it is there.
+        progress: a bar with method, data and the last value of the first metric.
         callback: called with (steps done, state, metrics) after every step.
     Raises:
-        CompanionError: ipc or seed out of range; a checkpoint of another configuration; a non-finite value (the last good state stays
-            in the checkpoint, if there is one).
+        CompanionError: ipc, seed or a number among the settings out of range; a checkpoint of another configuration; a non-finite value
+            (the last good state stays in the checkpoint, if there is one).
     """
     check_default_type()
+    train = getattr(train, "train", train)
+    if isinstance(method, str):
+        from lib.methods import recipes
+
+        method = recipes(method).find(train, ipc).method
+    no_negative(method)
     ipc, seed = check_ipc(ipc, train.smallest_class), check_seed(seed)
     key = configuration_key(method, train, ipc, seed)
     stored = cache_dir() / f"{key}-{digest(sorted(snapshots))[:8]}.safetensors"
-    if cache:
-        checkpoint = checkpoint or stored.with_suffix(".checkpoint")
-        if stored.is_file() and (found := _read_result(stored)) is not None:
-            return dataclasses.replace(found, synset=found.synset.to(train.device))
+    if cache and stored.is_file() and (found := _read_result(stored)) is not None:
+        return dataclasses.replace(found, synset=found.synset.to(train.device))
+    kept = cache or checkpoint is not None  # otherwise only an interruption writes it
+    checkpoint = Path(checkpoint or stored.with_suffix(".checkpoint"))
     with Meter(train.device) as meter:
         run = _Run(
-            method,
-            train,
-            ipc,
-            seed,
-            key,
-            checkpoint and Path(checkpoint),
-            checkpoint_seconds,
-            sorted(snapshots),
+            method, train, ipc, seed, key, checkpoint, checkpoint_seconds if kept else None, sorted(snapshots)
         )
         run.to_the_end(progress, callback)
         synset = method.finish(run.state)
@@ -113,9 +119,44 @@ def distill(
     result = Distilled(synset, history, run.snapshots, meter.seconds + run.seconds_before, meter.peak_bytes)
     if cache:
         _write_result(stored, result)
-    if checkpoint:
-        Path(checkpoint).unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return result
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list]:
+    """A list that an interruption fills, so that the step under way ends first; a second one comes at once.
+
+    Only the main thread gets signals; elsewhere, and where interruptions are ignored, nothing changes.
+    """
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield asked
+        return
+
+    def note(number: int, frame) -> None:
+        if asked:
+            before(number, frame)
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def no_negative(method: Any) -> None:
+    """Refuse numbers among a method's fields that are negative, unless their default is, or not finite."""
+    for field in dataclasses.fields(method):
+        value, default = getattr(method, field.name), field.default
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        least = min(0, default) if isinstance(default, (int, float)) else 0
+        if number and value != default and not least <= value < math.inf:
+            raise CompanionError(
+                f"{type(method).__name__}: {field.name} {value!r} is not allowed: it must be finite and at least {least}"
+            )
 
 
 def configuration_key(method: Method, train, ipc: int, seed: int) -> str:
@@ -145,6 +186,7 @@ class _Run:
 
     def __init__(self, method, train, ipc, seed, key, checkpoint, checkpoint_seconds, wanted):
         self.method, self.key, self.checkpoint, self.every = method, key, checkpoint, checkpoint_seconds
+        self.title = f"{type(method).__name__} on {train.name} IPC {ipc}"
         data = f"{train.name} {train.fingerprint[:8]} on {train.device.type}"
         self.about = describe(method) | {"data": data, "ipc": ipc, "seed": seed}
         self.generator = torch.Generator(train.device).manual_seed(seed)
@@ -154,7 +196,7 @@ class _Run:
         self.history: dict[str, list[Tensor]] = {}
         self.snapshots: dict[int, Tensor] = {}
         self.started = time.perf_counter()
-        if checkpoint and checkpoint.is_file():
+        if checkpoint.is_file():
             self._load()
         elif 0 in wanted:
             self._snapshot()
@@ -163,16 +205,17 @@ class _Run:
         from tqdm.auto import tqdm
 
         good, due, saved, pending = None, False, time.perf_counter(), []
-        with tqdm(total=self.total, initial=self.done, leave=False, disable=not progress, unit="step") as bar:
+        look = {"leave": False, "disable": not progress, "unit": "step", "desc": self.title}
+        with tqdm(total=self.total, initial=self.done, **look) as bar, _asked_to_stop() as asked:
             while self.done < self.total:
-                if not pending and self.checkpoint:
+                if not pending and self.every is not None:
                     good = self._core()
                     if due:
                         self._save(good)
                         saved = time.perf_counter()
                 try:
                     metrics = self.method.step(self.state, self.generator)
-                except KeyboardInterrupt:
+                except KeyboardInterrupt:  # asked for twice, or not in the main thread
                     raise KeyboardInterrupt(self._interrupted(good)) from None
                 self.done += 1
                 pending.append(metrics)
@@ -181,17 +224,25 @@ class _Run:
                 if callback is not None:
                     callback(self.done, self.state, metrics)
                 # slow steps are looked at one by one, so that a checkpoint is never older than the caller allows
-                due = bool(self.checkpoint) and time.perf_counter() - saved > self.every
-                if due or len(pending) == GUARD_EVERY or self.done == self.total:
+                due = self.every is not None and time.perf_counter() - saved > self.every
+                if due or asked or len(pending) == GUARD_EVERY or self.done == self.total:
                     self._look(pending, good)
                     bar.update(len(pending))
+                    bar.set_postfix_str(self._last(), refresh=False)
                     pending = []
+                if asked and self.done < self.total:
+                    raise KeyboardInterrupt(self._interrupted(self._core())) from None
+
+    def _last(self) -> str:
+        """The first metric as it was last looked at."""
+        name = next(iter(self.history), None)
+        return "" if name is None else f"{name} {self.history[name][-1][-1].item():.3g}"
 
     def _interrupted(self, good: dict | None) -> str:
-        """Keep the last state that was looked at, and say so."""
+        """Keep a good state, and say so."""
         name = type(self.method).__name__
         if good is None:
-            return f"{name} was interrupted at step {self.done} of {self.total}; no checkpoint was asked for"
+            return f"{name} was interrupted in step {self.done + 1} of {self.total}, whose state is lost"
         self._save(good)
         return f"{name} was interrupted; the same call goes on from step {good['done']} of {self.total} ({self.checkpoint})"
 

@@ -6,10 +6,13 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from lib.data.whitening import Transform
 from lib.system.cache import digest
+from lib.system.cards import card, rows_of, sheet
 from lib.system.errors import CompanionError
 
 # Differentiable siamese augmentation: all families for natural images, no mirror images of digits (DSA, section 4).
@@ -21,7 +24,7 @@ SMALL_SIDE, SMALL_COUNT = (
 )  # what two cores distil in seconds has at most so many pixels a side, and images
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
     """N images of C classes, preprocessed, on one device.
 
@@ -41,6 +44,31 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+        """Image and label at a position, or images and labels of a slice; normalised."""
+        return self.images[index], self.labels[index]
+
+    def as_dataset(self) -> TensorDataset:
+        """The set for a ``DataLoader``: pairs (image, label), normalised."""
+        return TensorDataset(self.images, self.labels)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"ImageSet({self.name}: {len(self)} images {shape}, {self.num_classes} classes)"
+
+    def show(self, per_class: int = 8) -> Image.Image:
+        """The first images of every class, one row per class, as a picture (JupyterLab displays it; ``.save`` writes it)."""
+        return self._picture(per_class, self.num_classes)
+
+    def _repr_html_(self) -> str:
+        return card(repr(self), self._picture())
+
+    def _picture(self, *how: int) -> Image.Image:
+        table = rows_of(self.labels, self.num_classes, *how)
+        chosen = table[table >= 0]
+        table[table >= 0] = torch.arange(len(chosen))
+        return sheet(self.transform.inverse(self.images[chosen]), table)
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +144,18 @@ class ImageSet:
         return replace(self, **moved, transform=self.transform.to(device))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """The two halves of a data set; ``test`` is preprocessed with the statistics of ``train``."""
 
     train: ImageSet
     test: ImageSet
+
+    def __repr__(self) -> str:
+        return f"Data(train={self.train!r}, test={self.test!r})"
+
+    def _repr_html_(self) -> str:
+        return self.train._repr_html_() + self.test._repr_html_()
 
     def to(self, device: torch.device | str) -> Data:
         return Data(self.train.to(device), self.test.to(device))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib import nets
 from lib.evaluate.alike import check_alike
@@ -60,6 +60,7 @@ def evaluate(
     seed: int = 0,
     networks: int | None = None,
     cache: bool = False,
+    network: str | Callable[[], nn.Module] | None = None,
 ) -> Evaluation:
     """Train fresh networks on each set and test them on ``data.test``.
 
@@ -71,10 +72,18 @@ def evaluate(
         data: the real data (``lib.data.Data``); only its test half is used.
         networks: per set; None: as the protocol says.
         cache: return a stored result of the same sets, data, protocol, seed and code.
+        network: another one than the protocol's, a name or what makes a module; results of the latter have no name to be kept under.
     Raises:
-        CompanionError: nothing to evaluate; a seed that is none; sets of other classes, sizes or another space than the data.
+        CompanionError: nothing to evaluate; a seed that is none; sets of other classes, sizes or another space than the data; a network
+            that gives no logits of these images, or is to be cached without a name.
     """
     sets = [sets] if isinstance(sets, SyntheticSet) else list(sets)
+    if network is not None:
+        protocol = replace(protocol, network=network)
+    if cache and not isinstance(protocol.network, str):
+        raise CompanionError(
+            "a network of your own has no name to keep its result under: allowed is cache=False"
+        )
     count = protocol.networks if networks is None else networks
     if not sets or isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise CompanionError(
@@ -108,6 +117,8 @@ def _accuracies(sets: list[SyntheticSet], pairs, test, protocol: Protocol, seed:
     """One accuracy per pair (set, network), ``(len(pairs),)``."""
     generators = [torch.Generator(test.device).manual_seed(network_seed(seed, i, j)) for i, j in pairs]
     networks = Ensemble.make(protocol.network, test, generators)
+    if not isinstance(protocol.network, str):
+        _check_logits(networks, test)
     chosen = [sets[i] for i, _ in pairs]
     images = torch.stack([s.images.detach() for s in chosen]).to(test.images)
     labels = torch.stack([(s.hard_labels if protocol.labels == "hard" else s.targets) for s in chosen]).to(
@@ -123,6 +134,22 @@ def _accuracies(sets: list[SyntheticSet], pairs, test, protocol: Protocol, seed:
         weights = torch.stack([s.image_weights for s in chosen]).to(test.device)
     train(networks, images, labels, generators, protocol, test, weights, _rate(chosen[0], protocol))
     return accuracy(predict(networks, test.images), test)
+
+
+def _check_logits(networks: Ensemble, test) -> None:
+    """Refuse a network that does not turn these images into a logit per class."""
+    wanted = (len(test.images[:2]), test.num_classes)
+    try:
+        with torch.no_grad():
+            shape = tuple(networks.network(0).eval()(test.images[:2]).shape)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise CompanionError(
+            f"the network cannot take images {'x'.join(map(str, test.shape))}: {str(error).splitlines()[0]}"
+        ) from error
+    if shape != wanted:
+        raise CompanionError(
+            f"the network gives {shape} for {wanted[0]} images of {wanted[1]} classes; allowed: {wanted}"
+        )
 
 
 def train(
@@ -161,7 +188,7 @@ def train(
 def _together(sets: list[SyntheticSet], count: int, test, protocol: Protocol) -> list[list[tuple[int, int]]]:
     """All pairs (set, network) in runs that are trained as one: same shapes and learning rate, and feature maps of all
     networks together within a budget."""
-    width = nets.parse(protocol.network)[1].get("width", 128)
+    width = 128 if callable(protocol.network) else nets.parse(protocol.network)[1].get("width", 128)
     budget = MAP_BYTES_CUDA if test.device.type == "cuda" else MAP_BYTES
 
     def kind(s: SyntheticSet) -> tuple:

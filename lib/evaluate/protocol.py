@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+
+from torch import nn
 
 from lib import augment, nets
 from lib.nets.training import SCHEDULES
@@ -14,7 +17,8 @@ class Protocol:
     """How a network is trained on S. The accuracy is that of the *last* epoch, never the best one.
 
     Attributes:
-        network: architecture (``lib.nets``); one tap decides everything about it.
+        network: architecture (``lib.nets``), or what makes a ``torch.nn.Module`` from images to logits, such as its class or
+            ``lambda: Mine(10)``: then its own initialisation holds, from a seed per network.
         epochs: E as published; ``dc`` schedules train epochs 0..E, that is E + 1 of them.
         lr, momentum, nesterov, weight_decay, batch: SGD (the set's learned step size replaces lr where it has one and
             ``learned_lr`` says so).
@@ -28,7 +32,7 @@ class Protocol:
     """
 
     name: str
-    network: str = "convnet-d3-w128"
+    network: str | Callable[[], nn.Module] = "convnet-d3-w128"
     epochs: int = 300
     lr: float = 0.01
     momentum: float = 0.9
@@ -46,7 +50,8 @@ class Protocol:
     source: str = ""
 
     def __post_init__(self):
-        nets.parse(self.network)
+        if isinstance(self.network, nn.Module) or not callable(self.network):
+            nets.parse(self.network)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.labels not in ("own", "hard"):
@@ -70,7 +75,8 @@ class Protocol:
         return data.augmentation if self.augmentation == "data" else self.augmentation
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {self.network}", f"{self.trained_epochs} epochs", f"SGD lr {self.lr:g}"]
+        network = getattr(self.network, "__name__", self.network)
+        parts = [f"{self.name}: {network}", f"{self.trained_epochs} epochs", f"SGD lr {self.lr:g}"]
         parts += [
             f"{'Nesterov ' if self.nesterov else ''}momentum {self.momentum:g}",
             f"wd {self.weight_decay:g}",

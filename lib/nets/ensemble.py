@@ -6,7 +6,7 @@ Other architectures are applied one network after the other, with the same inter
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from lib import nets
 from lib.nets.convnet import ConvNet
+from lib.system.errors import CompanionError
 
 
 class Ensemble:
@@ -30,16 +31,21 @@ class Ensemble:
         self.size = next(iter(parameters.values())).shape[0]
 
     @classmethod
-    def make(cls, name: str, like, generators: Sequence[torch.Generator]) -> Ensemble:
-        """One network per generator, network k drawn from generator k alone (so that it does not depend on K)."""
-        template = nets.make(name, like)
-        states = [
-            {
-                key: tensor.detach().clone()
-                for key, tensor in nets.initialise(template, generator).state_dict().items()
-            }
-            for generator in generators
-        ]
+    def make(
+        cls, network: str | Callable[[], nn.Module], like, generators: Sequence[torch.Generator]
+    ) -> Ensemble:
+        """One network per generator, network k drawn from generator k alone (so that it does not depend on K).
+
+        Args:
+            network: a name (:func:`lib.nets.make`), or what makes a module; its own initialisation then holds, from the seed of the
+                generator.
+        """
+        own = not isinstance(network, str)
+        template = _made(network, like, generators[0]) if own else nets.make(network, like)
+        states = []
+        for generator in generators:
+            drawn = _made(network, like, generator) if own else nets.initialise(template, generator)
+            states.append({key: tensor.detach().clone() for key, tensor in drawn.state_dict().items()})
         stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
         names = {key for key, _ in template.named_parameters()}
         return cls(
@@ -82,6 +88,16 @@ class Ensemble:
         tensors = self.parameters | self.buffers
         network.load_state_dict({name: tensors[name][k] for name in network.state_dict()})
         return network
+
+
+def _made(make: Callable[[], nn.Module], like, generator: torch.Generator) -> nn.Module:
+    """A network of somebody else, initialised as it does itself, from the generator's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
+        network = make()
+    if not isinstance(network, nn.Module):
+        raise CompanionError(f"network {make!r} makes {type(network).__name__}; allowed: a torch.nn.Module")
+    return network.to(like.device)
 
 
 class _Method(nn.Module):

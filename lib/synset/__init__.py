@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from lib.data.whitening import from_saved
 from lib.formation import DECODERS, Pixels
+from lib.system.cards import card, rows_of, sheet
 from lib.system.errors import CompanionError, choose, integer
 from lib.system.files import read_safetensors, write_tensors
 
 FORMAT = "distillation-companion/1"
 
 
-@dataclass
+@dataclass(repr=False)
 class SyntheticSet:
     """A small labelled set, in the normalised pixel space of the data it stands for.
 
@@ -47,6 +50,37 @@ class SyntheticSet:
     indices: Tensor | None = None
     step_size: Tensor | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+    # -- as torch's data sets: the images to train on, with their labels ------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+        """Image and label at a position, or images and labels of a slice; normalised."""
+        return self.images[index], self.targets[index]
+
+    def as_dataset(self) -> TensorDataset:
+        """The set for a ``DataLoader``: pairs (image, label), decoded and normalised; triples where it has sample weights."""
+        weights = [] if self.weights is None else [self.image_weights]
+        return TensorDataset(*(tensor.detach() for tensor in (self.images, self.targets, *weights)))
+
+    def __repr__(self) -> str:
+        made = " on ".join(str(self.meta[key]) for key in ("method", "dataset") if key in self.meta)
+        shape = "x".join(map(str, self.images.shape[1:]))
+        stored = "" if len(self.codes) == len(self) else f" from {len(self.codes)} stored"
+        return (
+            f"SyntheticSet({made}{': ' if made else ''}{len(self)} images {shape}{stored}, {len(self.classes)} classes, "
+            f"{'soft' if self.soft else 'hard'} labels, {self.bytes_images + self.bytes_labels:,} bytes)"
+        )
+
+    def show(self, per_class: int = 8) -> Image.Image:
+        """What is trained on, one row per class, as a picture (JupyterLab displays it; ``.save`` writes it)."""
+        every = len(self.classes)
+        return sheet(self.viewable(), rows_of(self.hard_labels, every, per_class, every))
+
+    def _repr_html_(self) -> str:
+        return card(repr(self), sheet(self.viewable(), rows_of(self.hard_labels, len(self.classes))))
 
     # -- what others ask ---------------------------------------------------------------------------------------------
 
