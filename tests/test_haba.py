@@ -14,16 +14,18 @@ from lib.distill import distill, learned
 from lib.evaluate import evaluate, protocol
 from lib.formation import Hallucinators
 from lib.match.supervised_contrast import alike, supcon
-from lib.methods.haba import HaBa
+from lib.methods.dm import DM
+from lib.methods.haba import Features, HaBa, Trajectories
 from lib.methods.mtt import MTT
 from lib.nets.experts import Experts
 from lib.synset import SyntheticSet
 from lib.system.errors import CompanionError
 
 NET, EXPERTS = "convnet-d2-w4", Experts(2, lr=0.05, batch=16, augmentation="none")
+STUDENTS = Trajectories(steps=4, rate=0.05, lr_rate=1e-3, experts=EXPERTS)
 QUICK = HaBa(
-    iterations=4, hallucinators=3, identity=0.8, steps=4, lr=5.0, lr_hallucinators=0.05, rate=0.05, lr_rate=1e-3,
-    lr_extractor=0.05, extractor=NET, network=NET, augmentation="none", experts=EXPERTS,
+    iterations=4, hallucinators=3, identity=0.8, objective=STUDENTS, lr=5.0, lr_hallucinators=0.05, lr_extractor=0.05,
+    extractor=NET, network=NET, augmentation="none",
 )  # fmt: skip
 
 
@@ -53,12 +55,17 @@ def test_equal_renderings_are_alike_and_both_sides_share_one():
 @pytest.mark.parametrize("gradient", ["bptt", "tesla"])
 def test_with_one_hallucinator_that_does_nothing_it_is_mtt(toy, monkeypatch, gradient):
     monkeypatch.setattr(Hallucinators, "render", lambda self, z: z.unsqueeze(0) + 0 * self.scale.sum())
-    shared = {
-        "iterations": 5, "steps": 4, "lr": 5.0, "rate": 0.05, "lr_rate": 1e-3, "network": NET, "experts": EXPERTS,
-        "augmentation": "none", "gradient": gradient, "batch": 4, "momentum": 0.5, "least_rate": 1e-3,
-    }  # fmt: skip
-    plain = MTT(**shared)
-    haba = HaBa(**shared, hallucinators=1, adversary=False, momentum_rate=0.5, extractor=NET, identity=1.0)
+    shared = {"iterations": 5, "lr": 5.0, "network": NET, "augmentation": "none", "batch": 4, "momentum": 0.5}
+    student = {
+        "steps": 4,
+        "rate": 0.05,
+        "lr_rate": 1e-3,
+        "gradient": gradient,
+        "least_rate": 1e-3,
+        "experts": EXPERTS,
+    }
+    plain, driven = MTT(**shared, **student), Trajectories(**student, momentum_rate=0.5)
+    haba = HaBa(**shared, objective=driven, hallucinators=1, adversary=False, extractor=NET, identity=1.0)
     # the numbers of hallucinators and extractor are drawn first: both go on from the same state
     states = [method.begin(toy.train, 2, generator(0)) for method in (plain, haba)]
     streams = [generator(9), generator(9)]
@@ -66,16 +73,32 @@ def test_with_one_hallucinator_that_does_nothing_it_is_mtt(toy, monkeypatch, gra
         losses = [m.step(s, g)["loss"] for m, s, g in zip((plain, haba), states, streams, strict=True)]
         torch.testing.assert_close(*losses)
     torch.testing.assert_close(states[0].pixels, states[1].bases)
-    torch.testing.assert_close(states[0].rate, states[1].rate)
+    torch.testing.assert_close(states[0].rate, states[1].memory.rate)
+
+
+def test_with_one_hallucinator_that_does_nothing_it_is_dm(toy, monkeypatch):
+    monkeypatch.setattr(Hallucinators, "render", lambda self, z: z.unsqueeze(0) + 0 * self.scale.sum())
+    shared = {"iterations": 3, "lr": 0.3, "network": NET, "augmentation": "color_crop", "momentum": 0.5}
+    plain = DM(**shared, real_batch=8)
+    haba = HaBa(
+        **shared, objective=Features(8), hallucinators=1, adversary=False, extractor=NET, identity=1.0
+    )
+    states = [method.begin(toy.train, 2, generator(0)) for method in (plain, haba)]
+    streams = [generator(9), generator(9)]
+    for _ in range(3):
+        losses = [m.step(s, g)["loss"] for m, s, g in zip((plain, haba), states, streams, strict=True)]
+        torch.testing.assert_close(*losses)
+    torch.testing.assert_close(states[0].pixels, states[1].bases)
 
 
 def test_each_side_moves_its_own_numbers(toy, monkeypatch):
     state, g = QUICK.begin(toy.train, 2, generator(0)), generator(1)
     E = [w.detach().clone() for w in state.extractor.parameters.values()]
     monkeypatch.setattr(HaBa, "train_extractor", lambda self, state, generator: torch.zeros(()))
-    before = [w.detach().clone() for w in learned(state)]
+    rate = state.memory.rate
+    before = [w.detach().clone() for w in (*learned(state), rate)]
     QUICK.step(state, g)
-    assert all(not torch.equal(a, b) for a, b in zip(before, learned(state), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, (*learned(state), rate), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(E, state.extractor.parameters.values(), strict=True))
     monkeypatch.undo()
     before = [w.detach().clone() for w in learned(state)]
@@ -107,13 +130,25 @@ def test_bases_may_have_one_channel():
     assert synset.stored()[0].shape == (18, 3, 8, 8)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path):
-    method = replace(QUICK, iterations=13, batch=4, steps=2)
+@pytest.mark.parametrize("objective", [replace(STUDENTS, steps=2), Features(8)], ids=["MTT", "DM"])
+def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path, objective):
+    method = replace(QUICK, iterations=13, batch=4, objective=objective)
     path, calm = tmp_path / "run.checkpoint", distill(method, toy.train, 2, 7)
     interrupted(method, toy.train, path, 11)
     again = distill(method, toy.train, 2, 7, checkpoint=path)
     same(again, calm)
     assert torch.equal(again.synset.images, calm.synset.images)
+
+
+def test_an_unknown_way_back_is_one_line():
+    with pytest.raises(CompanionError, match="unknown mode of unrolling 'x'"):
+        Trajectories(gradient="x")
+
+
+def test_what_drives_it_decides_whether_a_rate_is_learned(toy):
+    synset = distill(replace(QUICK, objective=Features(8), lr=0.2), toy.train, 2, 0).synset
+    assert synset.step_size is None and synset.images.shape == (18, 1, 8, 8)
+    assert distill(QUICK, toy.train, 2, 0).synset.step_size.numel() == 1
 
 
 @pytest.mark.parametrize(
@@ -123,7 +158,6 @@ def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path):
         ({"identity": 1.5}, "identity 1.5 of hallucinators: allowed 0 to 1"),
         ({"batch": 7}, "batch 7 of a student: there are 6 bases"),
         ({"init": "mix"}, "unknown init 'mix'"),
-        ({"gradient": "x"}, "unknown mode of unrolling"),
     ],
 )
 def test_wrong_settings_are_one_line(toy, change, said):

@@ -15,6 +15,7 @@ from lib.match.features import ClassMean
 from lib.match.style import Diversity, Gram, Moments
 from lib.methods import METHODS
 from lib.methods import method as class_of
+from lib.methods.haba import Trajectories
 from lib.nets.experts import Experts
 from lib.nets.generators import LayeredVAE
 from lib.nets.generators.denoiser import PixelUNet
@@ -127,9 +128,10 @@ ESP = class_of("esp")(
     network=NET,
     experts=EXPERTS,
 )
+STUDENTS = Trajectories(steps=4, rate=0.05, lr_rate=1e-3, experts=EXPERTS)
 HABA = class_of("haba")(
-    iterations=5, hallucinators=3, identity=0.5, steps=4, lr=5.0, lr_hallucinators=0.1, rate=0.05, lr_rate=1e-3,
-    lr_extractor=0.01, extractor=NET, network=NET, experts=EXPERTS,
+    iterations=5, hallucinators=3, identity=0.5, objective=STUDENTS, lr=5.0, lr_hallucinators=0.1, lr_extractor=0.01,
+    extractor=NET, network=NET,
 )  # fmt: skip
 PRIOR = LayeredVAE(steps=40, lr=0.01, batch=30, latent=6, width=8)
 ITGAN = class_of("itgan")(
@@ -199,7 +201,9 @@ CASES = {
     "glad": [Case(GLAD), Case(replace(GLAD, space="z", chunk=None), ipc=1)],
     "haba": [
         Case(HABA),
-        Case(replace(HABA, adversary=False, hallucinators=1, gradient="recompute")),
+        Case(
+            replace(HABA, adversary=False, hallucinators=1, objective=replace(STUDENTS, gradient="recompute"))
+        ),
         Case(replace(HABA, batch=4, augmentation="none"), channels=3),
     ],
     "sre2l": [Case(replace(SRE2L, **change)) for change in RECOVERED],

@@ -183,17 +183,17 @@ def learn(
         learner.step()
 
 
-def experts(p, train) -> list[list[list[Tensor]]]:
+def experts(p, train, network: str = "") -> list[list[list[Tensor]]]:
     r"""MTT's buffer: $\theta^*_t$ of expert k, a list of weights, after t = 0, 1, .. epochs on the real images, as far as it is read."""
     recorded, e = [], p.experts
     for g in e.generators(train.device):
-        network = nets.make(p.network, train, g)
-        weights = list(network.parameters())
+        learner = nets.make(network or p.network, train, g)
+        weights = list(learner.parameters())
         trajectory = [[w.detach().clone() for w in weights]]  # copies: the weights go on in place
         per_epoch = -(-len(train) // e.batch)
         names = augment.families(e.augmentation, train)
         for i, (rows, A, _) in enumerate(batches(len(train), e.batch, p.reach, g, names)):
-            loss = F.cross_entropy(network(A(train.images[rows])), train.labels[rows])
+            loss = F.cross_entropy(learner(A(train.images[rows])), train.labels[rows])
             steps = torch.autograd.grad(loss, weights, materialize_grads=True)
             with torch.no_grad():
                 for w, step in zip(weights, steps, strict=True):

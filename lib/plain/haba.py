@@ -11,16 +11,17 @@ from lib.plain import at, descent, experts, first_hallucinators, independent, sq
 
 def haba(p, train, ipc, g):
     z, losses, m = train.sample(ipc, g).flatten(0, 1), [], p.hallucinators  # bases: random real images
+    q = p.objective
     y = torch.arange(train.num_classes, device=train.device).repeat_interleave(ipc)
-    beta, numbers = torch.tensor(p.rate, device=train.device), first_hallucinators(p, train, g)
+    beta, numbers = torch.tensor(q.rate, device=train.device), first_hallucinators(p, train, g)
     E, network, buffer, deck = (
         nets.make(p.extractor, train, g),
         nets.make(p.network, train),
-        experts(p, train),
+        experts(q, train, p.network),
         [],
     )
     names, eta_E, mu = augment.families(p.augmentation, train), p.lr_extractor, p.momentum
-    sgd = descent([z], p.lr, mu, numbers, p.lr_hallucinators, mu, [beta], p.lr_rate, p.momentum_rate)
+    sgd = descent([z], p.lr, mu, numbers, p.lr_hallucinators, mu, [beta], q.lr_rate, q.momentum_rate)
     opponent = descent(list(E.parameters()), eta_E, p.momentum_extractor)
 
     def H(k, z):
@@ -35,10 +36,10 @@ def haba(p, train, ipc, g):
 
     for _ in range(p.iterations):
         deck = deck or torch.randperm(len(buffer), generator=g).tolist()
-        expert, t, left = buffer[deck.pop()], int(torch.randint(p.start_epochs, (), generator=g)), []
-        start, target = expert[t], expert[t + p.expert_epochs]
+        expert, t, left = buffer[deck.pop()], int(torch.randint(q.start_epochs, (), generator=g)), []
+        start, target = expert[t], expert[t + q.expert_epochs]
         theta = [w.clone().requires_grad_() for w in start]
-        for _ in range(p.steps):  # each sees the bases through one hallucinator
+        for _ in range(q.steps):  # each sees the bases through one hallucinator
             left = left or list(torch.randperm(len(z), generator=g).split(p.batch or len(z)))
             rows, k = left.pop(), int(torch.randint(m, (), generator=g)) if m > 1 else 0
             entropy = F.cross_entropy(at(network, theta, independent(H(k, z[rows]), names, g)), y[rows])
@@ -48,7 +49,7 @@ def haba(p, train, ipc, g):
         losses.append(loss.item())
         # the renderings of a base shall differ
         sgd(loss + (p.club * (1 + two_views()[1]) / 2 if p.adversary else 0))
-        beta.data.clamp_(min=p.least_rate)
+        beta.data.clamp_(min=q.least_rate)
         if p.adversary:  # the extractor shall see them as one, and tell classes apart
             e, cosine, labels = two_views()
             entropy = F.cross_entropy(E.classifier(e), labels.repeat(2))
