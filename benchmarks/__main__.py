@@ -43,14 +43,16 @@ MEMORY = (
     "idm",
     "kip-fc",
     "kip-conv-grad",
+    "mtt-recompute",
+    "dd-recompute",
 )
-ONCE = {"test", *KERNEL_SPOTS, *SELECT_SPOTS}  # do not depend on the IPC asked for
-ONLY_AT = {"krr-digits": "S"}
+ONCE = {"test", "rcig", "experts", *KERNEL_SPOTS, *SELECT_SPOTS}  # do not depend on the IPC asked for
+ONLY_AT = {"krr-digits": "S", "rcig": "S"}
 FAMILY = list(FEATURE_SPOTS)  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that
 TARGETS = {
     "S": {"dm": (2.5,), "dc": (1.8,), "dsa": (1.8,), "idc": (1.8,), "evaluation": (1.8,), "siamese": (6.0,), "test": (1.5,),
-          "krr-search": (2.0,),
+          "krr-search": (2.0,), "mtt": (2.5,), "dd": (1.5,), "rcig": (30.0,), "experts": (1.5,),
           "kip-fc": (2.0, 2.5), "kip-conv": (3.0,), "kip-conv-grad": (3.0,), **dict.fromkeys(FAMILY, (2.5,))},
     "L": {"dm": (1.15, 1.5), "dc": (1.05, 1.4), "dsa": (1.05, 1.4), "idc": (1.05, 1.4), "evaluation": (1.1,), "siamese": (1.4,),
           "test": (1.15,), "krr-search": (7.0,),

@@ -160,7 +160,9 @@ def matching(setting: Setting, name: str) -> HotSpot:
 
 
 def _tolerances(methods: dict) -> dict[str, float]:
-    return {name: BFLOAT16 if method.mixed else FLOAT32 for name, method in methods.items()}
+    return {
+        name: BFLOAT16 if getattr(method, "mixed", False) else FLOAT32 for name, method in methods.items()
+    }
 
 
 def evaluation(setting: Setting) -> HotSpot:
