@@ -4,7 +4,8 @@
     python -m benchmarks.settings --only dm dc    # these alone; the other rows of the table stay
 
 A fifth of the training images of every class is set aside and judges; the sets are distilled from the rest, at one image per class,
-and evaluated under ``cpu-small`` with networks that no distillation saw. The pixel rate is tried, at otherwise equal settings: papers
+and evaluated under ``cpu-small`` with networks that no distillation saw; a set that is made for a schedule of its own (DD) by that
+schedule. The pixel rate is tried, at otherwise equal settings: papers
 publish it for a width of 128, and the distances of gradients and features grow with the width, so that the same rate moves the pixels of
 a narrow network several times less. A test holds the recipes to the best row of the table.
 """
@@ -23,8 +24,11 @@ from rich.console import Console
 from lib import data as datasets
 from lib.data import Data
 from lib.distill import distill
-from lib.evaluate import evaluate, protocol
+from lib.evaluate import Spread, evaluate, protocol
+from lib.evaluate.schedule import Schedule, evaluate_schedule
 from lib.methods import recipes
+from lib.recipes import Recipe
+from lib.synset import SyntheticSet
 from lib.system.errors import CompanionError, unknown
 from lib.system.files import ROOT, write_text
 
@@ -42,6 +46,9 @@ TRIALS = {  # method -> field -> values
     "dcc": {"lr": (0.1, 0.4, 1.0)},
     "cafe": {"lr": (0.1, 0.3, 1.0)},
     "idc": {"lr": (0.1, 0.3, 1.0)},
+    "dd": {"lr": (0.03, 0.1, 0.3)},
+    "haba": {"lr": (10.0, 30.0, 100.0)},
+    "esp": {"lr": (0.01, 0.03, 0.1)},
 }
 
 
@@ -61,15 +68,21 @@ def split(data: Data, part: float = 0.2, seed: int = 0) -> Data:
 def trials(name: str, data: Data) -> list[dict]:
     """A row for every value of the method's field."""
     ((field, values),) = TRIALS[name].items()
-    base, judged = recipes(name).named(DATA).method, protocol("cpu-small", data.train)
-    rows = []
+    recipe, rows = recipes(name).named(DATA), []
     for value in values:
-        method = replace(base, **{field: value})
+        method = replace(recipe.method, **{field: value})
         runs = [distill(method, data.train, IPC, seed, cache=True) for seed in range(SETS)]
-        found = evaluate([run.synset for run in runs], data, judged, 0, NETWORKS, cache=True).spread
+        found = judged(recipe, [run.synset for run in runs], data)
         row = {"method": name, "data": DATA, "ipc": IPC, "field": field, "value": value}
         rows.append(row | {"accuracy": round(found.mean, 2), "sd": round(found.sd, 2), "n": found.n})
     return rows
+
+
+def judged(recipe: Recipe, sets: list[SyntheticSet], data: Data) -> Spread:
+    """Accuracies of the sets on the judging images."""
+    if recipe.protocol == "own-schedule":
+        return evaluate_schedule(sets, data, Schedule(recipe.method.network), cache=True).spread
+    return evaluate(sets, data, protocol("cpu-small", data.train), 0, NETWORKS, cache=True).spread
 
 
 def main(arguments: list[str] | None = None) -> int:
