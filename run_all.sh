@@ -311,7 +311,7 @@ case $command in
     use_environment
     cd "$COMPANION_CALLER" # paths among the words are relative to where they were typed
     # a folder given as a word would become the one that is served; results and figures are to be opened, too
-    exec "$python" -m jupyter lab --ServerApp.root_dir="$root" --LabApp.default_url=/lab/tree/notebooks ${extra[@]+"${extra[@]}"}
+    exec "$python" -m jupyter lab --ServerApp.root_dir="$root" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb ${extra[@]+"${extra[@]}"}
     ;;
   *)
     use_environment

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import lib
-from lib.companion import tables
+from lib.companion import contents, tables
 from lib.data import embedded
 from lib.evaluate.spread import Spread
 from lib.methods import METHODS
@@ -30,11 +30,11 @@ def _row(method: str, acc: float = 50.0, **changes) -> tables.Row:
     return tables.Row(**fields | {"method": method, "accuracy": Spread.of([acc - 1, acc, acc + 1])} | changes)
 
 
-def _cells(*rows: tables.Row, method: str) -> tuple[str, dict]:
-    """What the table says of a method on digits IPC 1 beside random real images, and why it is marked."""
+def _chosen(*rows: tables.Row) -> tuple[str, str]:
+    """Accuracy and mark of what shows DM on digits IPC 1 beside random real images."""
     frame = tables.standing(tables.rows_to_frame([_row("random", 60.0), *rows]))
-    marks: dict[str, list[str]] = {}
-    return readme.ours(frame, method, "digits", 1, marks), marks
+    row, mark = readme.chosen(frame, "dm", "digits", 1)
+    return f"{row['acc']:.0f}", mark
 
 
 def test_the_generated_parts_are_up_to_date():
@@ -70,7 +70,7 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_hard_labels_under_the_common_protocol_have_no_mark():
-    assert _cells(_row("dm", 86.2), method="dm") == ("86.2 ± 1.0 (n=3)", {})
+    assert _chosen(_row("dm", 86.0)) == ("86", "")
 
 
 @pytest.mark.parametrize(
@@ -83,23 +83,40 @@ def test_hard_labels_under_the_common_protocol_have_no_mark():
     ],
 )
 def test_what_is_judged_otherwise_is_marked_and_gives_way(change, mark):
-    other = _row("dm", 99.0, **change)
-    assert _cells(other, method="dm") == (f"99.0 ± 1.0 (n=3) {mark}", {mark: [f"DM: {other.protocol}"]})
-    assert _cells(other, _row("dm"), method="dm") == ("50.0 ± 1.0 (n=3)", {})
+    other = _row("dm", 98.0, **change)
+    assert _chosen(other) == ("98", mark) and _chosen(other, _row("dm")) == ("50", "")
 
 
 def test_own_protocols_give_way_to_other_epochs():
-    rows = [_row("dm", 99.0, protocol="own-kernel"), _row("dm", 70.0, protocol="cpu-small-half")]
-    assert _cells(*rows, method="dm")[0] == f"70.0 ± 1.0 (n=3) {readme.OTHER}"
+    rows = [_row("dm", 98.0, protocol="own-kernel"), _row("dm", 70.0, protocol="cpu-small-half")]
+    assert _chosen(*rows) == ("70", readme.OTHER)
 
 
 def test_a_variant_never_stands_for_the_method():
-    assert _cells(_row("dm", variant="noise"), method="dm") == ("", {})
+    frame = tables.standing(tables.rows_to_frame([_row("random"), _row("dm", variant="noise")]))
+    assert readme.chosen(frame, "dm", "digits", 1) is None
 
 
-def test_every_mark_in_the_table_is_explained():
-    used = set(re.findall("[¹²³]", BLOCKS["results"].split("\n\n")[0]))
-    assert used == set(re.findall("^[¹²³]", BLOCKS["results"], re.MULTILINE))
+def test_the_table_holds_what_is_judged_alike_in_all_cases_best_first():
+    both = [{"dataset": data, "ipc": ipc} for data, ipc in readme.CASES]
+    rows = [
+        _row(name, acc, **case)
+        for name, acc in (("random", 40.0), ("dc", 60.0), ("dm", 70.0))
+        for case in both
+    ]
+    rows += [_row("mtt", 90.0, **both[0]), _row("kip", 95.0, protocol="own-kernel", **both[0])]
+    rows += [_row("kip", 95.0, protocol="own-kernel", **both[1])]
+    lines = readme.results(tables.rows_to_frame(rows), {}).split("\n")[2:]
+    assert [re.match(r"\| \[?(\w+)", line)[1] for line in lines] == ["random", "DM", "DC", "all"]
+
+
+def test_the_table_is_short_and_every_notebook_is_linked_once():
+    assert 5 < len(BLOCKS["results"].splitlines()) - 4 <= 15
+    for name in contents.titles():
+        assert BLOCKS["notebooks"].count(f"(notebooks/{name}.ipynb)") == 1
+        assert (
+            len(re.findall(rf"^\* \[{name}\]\({name}\.ipynb\).*: \S", contents.contents(), re.MULTILINE)) == 1
+        )
 
 
 def test_blocks_are_wanted_once_each():

@@ -556,7 +556,7 @@ def test_lab_serves_results_and_figures_beside_the_notebooks(project, tmp_path):
         names = {entry["name"] for entry in json.load(get("api/contents"))["content"]}
         assert {"notebooks", "results", "run_all.sh"} <= names
         assert json.load(get("api/contents/results/cpu/10_one/table.csv"))["content"].startswith("value")
-        assert get("").url.endswith("/lab/tree/notebooks")
+        assert get("").url.endswith("/lab/tree/notebooks/00_start_here.ipynb")
     finally:
         process.terminate()
         process.wait(timeout=LIMIT)

@@ -1,10 +1,12 @@
 """What there is to read: the notebooks by family, with the methods that each shows.
 
-Names and titles come from the table of notebooks (``workflow/notebooks.yaml``), methods and papers from ``lib.methods.METHODS``.
+Names and titles come from the table of notebooks (``workflow/notebooks.yaml``), methods and papers from ``lib.methods.METHODS``,
+claims from the committed results.
 """
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 
 from lib.companion.shown import markdown
@@ -39,15 +41,23 @@ def methods_of(notebook: str) -> list[str]:
     return [name for name, entry in METHODS.items() if entry.notebook == notebook]
 
 
+def claims() -> dict[str, str]:
+    """Notebook -> its claim in one line, of those that have run under the ``cpu`` profile."""
+    paths = (ROOT / "results" / "cpu").glob("*/run.json")
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")).get("claim", "") for path in paths}
+
+
 def contents() -> str:
-    """The list of notebooks as Markdown: families, and one line with a link per notebook and the papers it runs."""
-    lines = []
+    """The list of notebooks as Markdown: families, and one line per notebook with a link, its papers and its claim."""
+    lines, claim = [], claims()
     for digit, group in groupby(titles().items(), key=lambda pair: pair[0][0]):
         lines += ["", f"**{digit}x {FAMILIES[digit]}**", ""]
         for name, title in group:
             papers = list(dict.fromkeys(METHODS[method].paper for method in methods_of(name)))
             told = "; ".join(filter(None, papers))
-            lines.append(f"* [{name}]({name}.ipynb) {title}{f' - {told}' if told else ''}")
+            lines.append(
+                f"* [{name}]({name}.ipynb){f' ({told})' if told else ''}: {claim.get(name) or title}"
+            )
     return "\n".join(lines).strip()
 
 

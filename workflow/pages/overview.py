@@ -12,7 +12,7 @@ from workflow.pages import readme
 
 CAPTION = (
     "Every method at one image per class: mean and standard deviation over independent sets. The band is random real images, the "
-    "dashed line all training data; hollow dots are judged under a protocol or with labels of their own."
+    "dashed line all training data; hollow dots are not to be compared: own protocol or labels, other epochs or network."
 )
 INKS = {"light": ("#333333", "white"), "dark": ("#d8dbde", "#131416")}  # text and page
 

@@ -1,7 +1,7 @@
 """``python -m workflow.pages.readme``: the parts of README.md that follow from the code and the committed results.
 
-Each stands between ``<!-- begin: NAME -->`` and ``<!-- end -->``: the table of methods, the counts, the notebooks that show no
-method, the map of ``lib/``. ``--check`` writes nothing and says what is out of date.
+Each stands between ``<!-- begin: NAME -->`` and ``<!-- end -->``: the table of methods, the counts, the notebooks by family, the
+map of ``lib/``. ``--check`` writes nothing and says what is out of date.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 
-import yaml
-
 from lib.companion import published, tables, verdicts
+from lib.companion.contents import FAMILIES, methods_of, titles
 from lib.evaluate.spread import Spread
 from lib.methods import METHODS
 from lib.system.errors import CompanionError
@@ -24,20 +24,19 @@ from lib.system.files import ROOT, write_text
 
 RUN = "cpu"  # whose results are committed
 CASES = (("digits", 1), ("fashion14", 1))
-QUOTED = {"Fashion-MNIST": ("fashionmnist", 1), "CIFAR-10": ("cifar10", 10)}
-PROTOCOL, NETWORK = "cpu-small", "ConvNet-D3-W128"  # what has no mark
+QUOTED = ("fashionmnist", 1)
+PROTOCOL, NETWORK = "cpu-small", "ConvNet-D3-W128"  # what is judged alike
+ROWS = 13  # methods in the table at most; the leaderboard's page has all
 BLOCK = re.compile(r"(<!-- begin: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # of the formula first; what is not named here follows by name
 ORDER = (
     "data", "nets", "augment", "synset", "match", "formation", "select", "methods", "plain", "recipes", "distill", "compose",
     "evaluate", "kernels", "optim", "recover", "analysis", "scale", "companion", "system",
 )  # fmt: skip
-OWN, OTHER, ELSE = "¹", "²", "³"
-NOTES = {
-    OWN: "under its own protocol, with new images in every epoch, or with learned or soft labels: not to be compared with the column",
-    OTHER: f"hard labels, but another number of epochs than `{PROTOCOL}`, or another network",
-    ELSE: f"on another network than {NETWORK}, or with a kernel",
-}
+OWN, OTHER = (
+    "own",
+    "other",
+)  # how a result is judged otherwise: under its own protocol or labels; other epochs or network
 
 
 def rewritten(text: str, blocks: dict[str, Callable[[], str]]) -> str:
@@ -62,7 +61,7 @@ def writers(root: Path) -> dict[str, Callable[[], str]]:
     return {
         "counts": lambda: counts(records),
         "results": lambda: results(frame, records),
-        "notebooks": lambda: others(root, records),
+        "notebooks": lambda: notebooks(records),
         "rooms": lambda: rooms(root / "lib"),
     }
 
@@ -99,37 +98,28 @@ def counts(records: dict[str, dict]) -> str:
 
 
 def results(frame, records: dict[str, dict]) -> str:
-    """One line per method that has a result in either case or a published number, in the order of the registry."""
-    standing, marks = tables.standing(frame), {}
-    rows, counted = [], set()
-    for name, entry in METHODS.items():
-        cells = [ours(standing, name, *case, marks) for case in CASES] + [
-            quoted(name, *case, marks) for case in QUOTED.values()
-        ]
-        if any(cells):
-            claims = "" if entry.notebook in counted else held(records.get(entry.notebook))
-            counted.add(entry.notebook)
-            rows.append([paper(name), linked(entry.notebook), *cells, claims])
-    ceilings = [
-        *(full(standing, *case) for case in CASES),
-        *(full_published(data) for data, _ in QUOTED.values()),
-    ]
+    """The methods that are judged alike in all cases, those with the highest accuracy in the last one, and what frames them."""
+    standing = tables.standing(frame)
+    found = {name: cells for name in METHODS if name != "random" and (cells := alike(standing, name))}
+    best = sorted(found, key=lambda name: -found[name][-1].mean)[: ROWS - 1]
+    rows = []
+    for name in ("random", *best):
+        cells = [spread.text() for spread in alike(standing, name) or ()]
+        if cells:
+            entry = METHODS[name]
+            rows.append(
+                [paper(name), linked(entry.notebook), *cells, quoted(name), held(records.get(entry.notebook))]
+            )
+    ceilings = [*(full(standing, *case) for case in CASES), full_published(QUOTED[0])]
     rows.append(["all training data", "", *ceilings, ""])
-    columns = ["paper", "notebook", *(f"ours, {data} IPC {ipc}" for data, ipc in CASES)]
-    columns += [*(f"published, {data} IPC {ipc}" for data, (_, ipc) in QUOTED.items()), "claims"]
-    notes = [f"{mark} {NOTES[mark]}{about(marks[mark])}" for mark in NOTES if mark in marks]
-    return "\n".join([*table(columns, rows), *(["", *"  \n".join(notes).split("\n")] if notes else [])])
+    columns = ["method", "notebook", *(f"{data}, {ipc} per class" for data, ipc in CASES)]
+    return "\n".join(table([*columns, "published, Fashion-MNIST", "claims"], rows))
 
 
-def ours(standing, name: str, data: str, ipc: int, marks: dict[str, list[str]]) -> str:
-    """The accuracy of a method in a case, marked unless it has hard labels and the common protocol and network."""
-    found = chosen(standing, name, data, ipc)
-    if found is None:
-        return ""
-    row, mark = found
-    if mark:
-        marks.setdefault(mark, []).append(f"{METHODS[name].title}: {row['protocol']}")
-    return f"{tables.spread_in(row).text(count=True)} {mark}".rstrip()
+def alike(standing, name: str) -> list[Spread]:
+    """The accuracies of a method in all cases; empty if one is missing, or judged otherwise than those of the others."""
+    found = [chosen(standing, name, *case) for case in CASES]
+    return [] if any(one is None or one[1] for one in found) else [tables.spread_in(row) for row, _ in found]
 
 
 def chosen(standing, name: str, data: str, ipc: int):
@@ -143,7 +133,7 @@ def chosen(standing, name: str, data: str, ipc: int):
     found = [(row, mark_of(row, network)) for _, row in rows[rows["method"] == name].iterrows()]
     own = METHODS[name].notebook
     return min(
-        found, key=lambda pair: (len(pair[1]), pair[1] == OWN, pair[0]["notebook"] != own), default=None
+        found, key=lambda pair: (bool(pair[1]), pair[1] == OWN, pair[0]["notebook"] != own), default=None
     )
 
 
@@ -169,18 +159,11 @@ def mark_of(row, network: str | None) -> str:
     return "" if (row["protocol"], row["network"]) == (PROTOCOL, network) else OTHER
 
 
-def quoted(name: str, data: str, ipc: int, marks: dict[str, list[str]]) -> str:
-    """The published accuracy of a method as published."""
-    frame = published.numbers([name], [data])
-    frame = frame[(frame["ipc"] == ipc) & (frame["variant"] == "")]
-    if frame.empty:
-        return ""
-    row = frame.iloc[0]
-    text = Spread.stated(row["acc"], row["acc_sd"]).text()
-    if row["network"] == NETWORK:
-        return text
-    marks.setdefault(ELSE, []).append(f"{METHODS[name].title}: {row['network']}")
-    return f"{text} {ELSE}"
+def quoted(name: str) -> str:
+    """The published accuracy of a method as published, with the common network."""
+    frame = published.numbers([name], [QUOTED[0]])
+    frame = frame[(frame["ipc"] == QUOTED[1]) & (frame["variant"] == "") & (frame["network"] == NETWORK)]
+    return "" if frame.empty else Spread.stated(frame["acc"].iloc[0], frame["acc_sd"].iloc[0]).text()
 
 
 def full(standing, data: str, ipc: int) -> str:
@@ -203,20 +186,23 @@ def paper(name: str) -> str:
     return f"[{title}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else title
 
 
-def about(said: list[str]) -> str:
-    return f" ({', '.join(dict.fromkeys(said))})" if said else ""
-
-
 # -- notebooks and rooms --------------------------------------------------------------------------------------------------
 
 
-def others(root: Path, records: dict[str, dict]) -> str:
-    """The notebooks that show no method of the registry."""
-    rows = yaml.safe_load((root / "workflow" / "notebooks.yaml").read_text(encoding="utf-8"))["notebooks"]
-    shown = {entry.notebook for entry in METHODS.values()}
-    wanted = [(name, row["title"]) for name, row in rows.items() if name not in shown]
-    lines = [[linked(name), title, held(records.get(name))] for name, title in wanted]
-    return "\n".join(table(["notebook", "about", "claims"], lines))
+def notebooks(records: dict[str, dict]) -> str:
+    """All notebooks by family: title, papers, and claims confirmed of those tested."""
+    lines = []
+    for digit, group in groupby(titles().items(), key=lambda pair: pair[0][0]):
+        told = []
+        for name, _ in group:
+            papers = dict.fromkeys(
+                METHODS[method].arxiv for method in methods_of(name) if METHODS[method].arxiv
+            )
+            links = ", ".join(f"[arXiv](https://arxiv.org/abs/{key})" for key in papers)
+            notes = ", ".join(filter(None, [links, held(records.get(name))]))
+            told.append(f"[{name}](notebooks/{name}.ipynb){f' ({notes})' if notes else ''}")
+        lines.append(f"* **{FAMILIES[digit]}**: {', '.join(told)}")
+    return "\n".join(lines)
 
 
 def rooms(folder: Path) -> str:
