@@ -60,6 +60,7 @@ Variables
 Examples
   ./run_all.sh
   ./run_all.sh --only 20_dm 12_dc --dataset photos16 --ipc 10
+  ./run_all.sh --only 20_dm --dataset folder:my/images -p size=32      (class folders; without size: at most 32 pixels)
   ./run_all.sh --profile paper --executor slurm
 TEXT
 }

@@ -18,7 +18,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from lib.data import load as load_data
 from lib.methods import METHODS
 from lib.system import code
 from lib.system.errors import CompanionError
@@ -734,8 +736,16 @@ def test_ambiguous_beginning_and_missing_notebook(project, monkeypatch):
         command.request_of(command.arguments(["run", "--only", "11"]), rows)
 
 
+def photographs(folder: Path, *shapes: tuple[int, int]) -> None:
+    """Two classes with an image of each shape."""
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for number, shape in enumerate(shapes):
+            Image.new("RGB", shape, (40 * number, 90, 30)).save(folder / name / f"{number}.png")
+
+
 def test_a_folder_is_looked_for_where_the_command_was_typed(tmp_path, monkeypatch):
-    (tmp_path / "pets").mkdir()
+    photographs(tmp_path / "pets", (16, 16), (16, 16))
     monkeypatch.setenv("COMPANION_CALLER", str(tmp_path))
     words = ["run", "--only", "20_dm", "--dataset", "folder:pets"]
     request = command.request_of(command.arguments(words), table.load(ROOT))
@@ -745,6 +755,43 @@ def test_a_folder_is_looked_for_where_the_command_was_typed(tmp_path, monkeypatc
         command.request_of(command.arguments([*words[:-1], "folder:cats"]), table.load(ROOT))
     with pytest.raises(CompanionError, match="mnist has no small settings"):
         command.request_of(command.arguments([*words[:-1], "mnist"]), table.load(ROOT))
+
+
+def test_images_of_ones_own_get_a_size(tmp_path, monkeypatch, capsys):
+    """What is mixed or large is scaled, with a note; what would take days is refused before anything starts."""
+    monkeypatch.setenv("COMPANION_CALLER", str(tmp_path))
+    rows = table.load(ROOT)
+
+    def asked(name: str, *more: str) -> table.Request:
+        return command.request_of(command.arguments(["run", "--only", "20", "--dataset", name, *more]), rows)
+
+    photographs(tmp_path / "mixed", (40, 30), (64, 48), (50, 50))
+    photographs(tmp_path / "tiny", (20, 24), (24, 24))
+    photographs(tmp_path / "large", (64, 64), (64, 64))
+    cases = {("mixed", 30): (), ("tiny", 20): (), ("large", 32): (), ("mixed", 24): ("-p", "size=24")}
+    for (name, size), more in cases.items():
+        assert asked(f"folder:{name}", *more).parameters == {"dataset": f"folder:{tmp_path}/{name}@{size}"}
+        assert ("scaled to" in capsys.readouterr().out) != bool(more)
+    assert asked("folder:mixed@16").parameters == {"dataset": f"folder:{tmp_path}/mixed@16"}
+    assert re.fullmatch(r"cpu\+dataset=folder-mixed-16-[0-9a-f]{4}", asked("folder:mixed@16").run)
+    data = load_data(asked("folder:mixed").parameters["dataset"])
+    assert data.train.shape == (3, 30, 30) and data.train.small
+    for words, told in {
+        ("folder:large", "-p", "size=64"): "images at 64 pixels have no small settings",
+        ("folder:large", "-p", "size=big"): "size must be a whole number of pixels of at least 1, not 'big'",
+        ("digits", "-p", "size=16"): "size is of images of your own",
+    }.items():
+        with pytest.raises(CompanionError, match=told):
+            asked(*words)
+    large = asked("folder:large", "--profile", "paper")
+    assert large.parameters == {"dataset": f"folder:{tmp_path}/large"}
+
+
+def test_a_run_with_changed_parameters_is_expected_to_take_what_the_plain_one_took(project):
+    kept = project / "results/cpu/10_one/run.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"seconds": 125.0}))
+    assert state.expected_seconds(project, "cpu+ipc=5", "10_one") == 125.0
+    assert state.expected_seconds(project, "paper", "10_one") is None
 
 
 def test_what_holds_anyway_is_no_changed_parameter():

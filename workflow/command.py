@@ -64,7 +64,7 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
         if not equals:
             raise CompanionError(f"-p takes NAME=VALUE, not {text!r}")
         pairs.append((name, value))
-    pairs = [(name, located(value) if name == "dataset" else value) for name, value in pairs]
+    pairs = own_images(pairs, given.profile)
     known = {name: parameters_of(ROOT / "notebooks" / f"{name}.ipynb") for name in chosen}
     parameters = check_parameters(pairs, known, strict=given.only is not None)
     if "dataset" in parameters:
@@ -74,19 +74,49 @@ def request_of(given: argparse.Namespace, table: Table) -> Request:
     return Request(given.profile, chosen, without_usual(parameters))
 
 
-def located(dataset: str) -> str:
-    """``folder:pets`` as an absolute path: relative ones start where the command was typed.
+def own_images(pairs: list[tuple[str, str]], profile: str) -> list[tuple[str, str]]:
+    """``dataset=folder:pets`` as an absolute path with its size in pixels; relative ones start where the command was typed.
+
+    The size is what ``size=N`` says. Without one, images that are not all square and alike, or larger than the small settings
+    are written for, are scaled to the largest such size that enlarges none.
 
     Raises:
-        CompanionError: there is no such folder.
+        CompanionError: there is no such folder or size, or what it holds would take days.
     """
-    kind, _, name = dataset.partition(":")
+    values = dict(pairs)
+    kind, _, name = values.get("dataset", "").partition(":")
     if kind != "folder" or not name:
-        return dataset
-    path = Path(os.environ.get("COMPANION_CALLER", "."), Path(name).expanduser()).resolve()
+        if "size" in values:
+            raise CompanionError("size is of images of your own: --dataset folder:PATH -p size=32")
+        return pairs
+    from lib.data.folders import look_at, place_of
+    from lib.data.imageset import SMALL_COUNT, SMALL_SIDE
+
+    place, size = place_of(name)
+    path = Path(os.environ.get("COMPANION_CALLER", "."), place).resolve()
     if not path.is_dir():
-        raise CompanionError(f"dataset {dataset!r}: there is no folder {path}")
-    return f"folder:{path}"
+        raise CompanionError(f"dataset {values['dataset']!r}: there is no folder {path}")
+    if "size" in values:
+        size = values["size"]
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise CompanionError(f"size must be a whole number of pixels of at least 1, not {size!r}")
+        size = int(size)
+    count, found = look_at(f"folder:{path}")
+    like = {width for width, _ in found} if len(found) == 1 and found[0][0] == found[0][1] else None
+    if size is None and (like is None or profile != "paper" and max(like) > SMALL_SIDE):
+        size = min(SMALL_SIDE, *(side for shape in found for side in shape))
+        (w, h), (wide, high) = found[0], found[-1]
+        print(
+            f"note: images of {w}x{h} to {wide}x{high} pixels are scaled to {size}; -p size=N for another size"
+        )
+    side = size or max(like)
+    if profile != "paper" and (side > SMALL_SIDE or count > SMALL_COUNT):
+        raise CompanionError(
+            f"{count} images at {side} pixels have no small settings, only the published ones, which take days on a CPU: "
+            f"-p size={SMALL_SIDE} or less and at most {SMALL_COUNT} images, or --profile paper on a GPU"
+        )
+    dataset = f"folder:{path}{'' if size is None else f'@{size}'}"
+    return [(name, dataset if name == "dataset" else value) for name, value in pairs if name != "size"]
 
 
 # ------------------------------------------------------------------ Snakemake

@@ -76,14 +76,15 @@ def records(root: Path, run: str, name: str) -> Iterator[tuple[Path, dict]]:
 
 
 def expected_seconds(root: Path, run: str, name: str) -> float | None:
-    """What the notebook took the last time, here or where its committed results were made; None if nobody knows."""
+    """What the notebook took the last time, here or where its committed results were made; of a run with changed parameters that has
+    not been made, what the plain one took. None if nobody knows."""
     seconds = next(
         (record["seconds"] for _, record in records(root, run, name) if record["status"] == "ok"), None
     )
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        seconds = seconds or json.loads(
-            (folder(root, run, name) / "run.json").read_text(encoding="utf-8")
-        ).get("seconds")
+    for made in (run, run.partition("+")[0]):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            about = (folder(root, made, name) / "run.json").read_text(encoding="utf-8")
+            seconds = seconds or json.loads(about).get("seconds")
     return seconds
 
 

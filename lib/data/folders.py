@@ -8,11 +8,14 @@ Layouts, below the data root or at the folder itself::
     <folder>/{train,test}/<class>/*.png                   yours; val, valid or validation may stand for test
     <folder>/<class>/*.png                                yours, split here: see :func:`split_by_class`
 
+Yours are named ``folder:/path``, or ``folder:/path@32`` to have them scaled to 32 pixels.
+
 A class is a folder, labels follow the alphabetical order of the class folders (the listed order for named subsets).
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +24,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.data.images import SUFFIXES, WORKERS, common_form, decode_all, files_below, tell_left_out, visible
+from lib.data.images import (
+    SUFFIXES,
+    WORKERS,
+    common_form,
+    decode_all,
+    files_below,
+    shapes,
+    tell_left_out,
+    visible,
+)
 from lib.data.imageset import NATURAL
 from lib.data.memory import check_fits
 from lib.data.source import Source, channel_statistics
@@ -71,7 +83,7 @@ def find(name: str, root: Path) -> Listing:
         CompanionError: when it is not there, or a class has no image.
     """
     if name.startswith(PREFIX):
-        return _own(Path(name.removeprefix(PREFIX)).expanduser())
+        return _own(place_of(name)[0])
     imagenet = dict(size=SIZES[name], channels=3, transform=channel_statistics(IMAGENET_MEAN, IMAGENET_STD))
     if name == "tinyimagenet":
         base = _below(root, name, ("tiny-imagenet-200", "tiny-imagenet"))
@@ -92,9 +104,29 @@ def find(name: str, root: Path) -> Listing:
     )
 
 
+def place_of(name: str) -> tuple[Path, int | None]:
+    """Folder and side of ``folder:/path`` and ``folder:/path@32``; a folder whose own name ends so comes first."""
+    path = Path(name.removeprefix(PREFIX)).expanduser()
+    sized = re.fullmatch(r"(.+)@([1-9][0-9]*)", str(path))
+    return (Path(sized[1]), int(sized[2])) if sized and not path.is_dir() else (path, None)
+
+
+def look_at(name: str) -> tuple[int, list[tuple[int, int]]]:
+    """Number of training images of ``folder:/path`` and the different (width, height) of all, from their headers alone.
+
+    Raises:
+        CompanionError: as :func:`find`, and for a damaged file.
+    """
+    listing = find(name, Path())
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return len(listing.train.paths), shapes(listing.train.paths + listing.test.paths, pool)
+
+
 def read(name: str, root: Path, size: int | None) -> Source:
-    """Decode a whole data set into memory, scaled to ``size`` (None: as :class:`Listing` says)."""
+    """Decode a whole data set into memory, scaled to ``size`` (None: as its name or :class:`Listing` says)."""
     listing = find(name, root)
+    if size is None and name.startswith(PREFIX):
+        size = place_of(name)[1]
     paths = listing.train.paths + listing.test.paths
     with ThreadPoolExecutor(WORKERS) as pool:
         size, channels = size or listing.size, listing.channels

@@ -74,6 +74,11 @@ def decode_all(paths: Sequence[Path], size: int, channels: int, pool: ThreadPool
     return out
 
 
+def shapes(paths: Sequence[Path], pool: ThreadPoolExecutor) -> list[tuple[int, int]]:
+    """The different (width, height) of images, smallest first, from their headers."""
+    return sorted({shape for shape, _, _ in pool.map(lambda path: _with_image(path, _header), paths)})
+
+
 def common_form(paths: Sequence[Path], size: int | None, pool: ThreadPoolExecutor) -> tuple[int, int]:
     """(side, channels) of all images from their headers: 1 channel if every image is grey, else 3.
 

@@ -30,12 +30,14 @@ def run_name(profile: str, changed: Mapping[str, object], *parts: str) -> str:
 
 
 def word(value: object, longest: int = 40) -> str:
-    """A value as part of a file name: ``folder:/my/data`` is ``folder-my-data-`` and four digits that tell it from ``folder:my/data``.
+    """A value as part of a file name: ``folder:/my/pets@32`` is ``folder-pets-32-`` and four digits that tell it from
+    ``folder:/your/pets@32``.
 
     Letters of other scripts go, too; what needs no change has none.
     """
     text = str(value)
     if len(text) <= longest and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text):
         return text
-    kept = re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:longest]
+    own = re.sub(r"^folder:.*/", "folder:", text)
+    kept = re.sub(r"[^A-Za-z0-9._]+", "-", own).strip("-.")[:longest]
     return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:4]}".lstrip("-")
