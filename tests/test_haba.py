@@ -52,6 +52,16 @@ def test_equal_renderings_are_alike_and_both_sides_share_one():
     assert alike(e0, e1).item() + ((1 - cosine) / 2).mean().item() == pytest.approx(1)
 
 
+def with_equal_losses(plain, haba, train, steps):
+    """The states of both after steps of equal loss; the numbers of hallucinators and extractor are drawn when they begin."""
+    states = [method.begin(train, 2, generator(0)) for method in (plain, haba)]
+    streams = [generator(9), generator(9)]
+    for _ in range(steps):
+        losses = [m.step(s, g)["loss"] for m, s, g in zip((plain, haba), states, streams, strict=True)]
+        torch.testing.assert_close(*losses)
+    return states
+
+
 @pytest.mark.parametrize("gradient", ["bptt", "tesla"])
 def test_with_one_hallucinator_that_does_nothing_it_is_mtt(toy, monkeypatch, gradient):
     monkeypatch.setattr(Hallucinators, "render", lambda self, z: z.unsqueeze(0) + 0 * self.scale.sum())
@@ -66,28 +76,18 @@ def test_with_one_hallucinator_that_does_nothing_it_is_mtt(toy, monkeypatch, gra
     }
     plain, driven = MTT(**shared, **student), Trajectories(**student, momentum_rate=0.5)
     haba = HaBa(**shared, objective=driven, hallucinators=1, adversary=False, extractor=NET, identity=1.0)
-    # the numbers of hallucinators and extractor are drawn first: both go on from the same state
-    states = [method.begin(toy.train, 2, generator(0)) for method in (plain, haba)]
-    streams = [generator(9), generator(9)]
-    for _ in range(5):
-        losses = [m.step(s, g)["loss"] for m, s, g in zip((plain, haba), states, streams, strict=True)]
-        torch.testing.assert_close(*losses)
+    states = with_equal_losses(plain, haba, toy.train, 5)
     torch.testing.assert_close(states[0].pixels, states[1].bases)
     torch.testing.assert_close(states[0].rate, states[1].memory.rate)
 
 
-def test_with_one_hallucinator_that_does_nothing_it_is_dm(toy, monkeypatch):
-    monkeypatch.setattr(Hallucinators, "render", lambda self, z: z.unsqueeze(0) + 0 * self.scale.sum())
+@pytest.mark.parametrize("m", [1, 3])
+def test_with_hallucinators_that_do_nothing_it_is_dm(toy, monkeypatch, m):
+    monkeypatch.setattr(Hallucinators, "render", lambda self, z: z.expand(m, *z.shape) + 0 * self.scale.sum())
     shared = {"iterations": 3, "lr": 0.3, "network": NET, "augmentation": "color_crop", "momentum": 0.5}
     plain = DM(**shared, real_batch=8)
-    haba = HaBa(
-        **shared, objective=Features(8), hallucinators=1, adversary=False, extractor=NET, identity=1.0
-    )
-    states = [method.begin(toy.train, 2, generator(0)) for method in (plain, haba)]
-    streams = [generator(9), generator(9)]
-    for _ in range(3):
-        losses = [m.step(s, g)["loss"] for m, s, g in zip((plain, haba), states, streams, strict=True)]
-        torch.testing.assert_close(*losses)
+    haba = HaBa(**shared, objective=Features(8), hallucinators=m, adversary=False, extractor=NET)
+    states = with_equal_losses(plain, haba, toy.train, 3)
     torch.testing.assert_close(states[0].pixels, states[1].bases)
 
 

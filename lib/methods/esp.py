@@ -172,6 +172,6 @@ _UNTRIED = "the settings of digits with a deeper network, not chosen on these da
 _CHOSEN = "pixel rate chosen among three by a fifth of the training images"
 RECIPES = Recipes(
     small("digits", _SMALL),
-    small("fashion14", replace(_DEEP, iterations=100), source=_CHOSEN),
+    small("fashion14", _DEEP, source=_CHOSEN),
     small("photos16 photos32", _DEEP, source=_UNTRIED),
 )
