@@ -47,7 +47,7 @@ MEMORY = (
     "dd-recompute",
 )
 ONCE = {"test", "rcig", "experts", *KERNEL_SPOTS, *SELECT_SPOTS}  # do not depend on the IPC asked for
-ONLY_AT = {"krr-digits": "S", "rcig": "S"}
+ONLY_AT = {"krr-digits": "S", "rcig": "S", "experts": "S"}
 FAMILY = list(FEATURE_SPOTS)  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that
 TARGETS = {
