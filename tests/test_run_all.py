@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from pathlib import Path
@@ -366,15 +367,21 @@ def test_changed_parameters_get_their_own_results(project):
 # ------------------------------------------------------------------ interruption
 
 
-def started(root: Path, *words: str, **given: str) -> subprocess.Popen:
-    """A run whose notebook 10_one has begun and waits for ever."""
+def waiting(root: Path) -> Path:
+    """Let the notebook 10_one wait for ever; the file that it makes when it has begun."""
     sign = root / "notebooks/started"
     write_notebook(
         root, "10_one", f"import pathlib, time\npathlib.Path({str(sign)!r}).touch()\ntime.sleep(10000)"
     )
+    return sign
+
+
+def started(root: Path, *words: str, streams: dict | None = None, **given: str) -> subprocess.Popen:
+    """A run whose notebook 10_one has begun and waits for ever."""
+    sign = waiting(root)
     process = subprocess.Popen(
         [str(root / "run_all.sh"), "--no-setup", "--only", "10_one", *words],
-        env=variables(**given), stdout=subprocess.PIPE, text=True,
+        env=variables(**given), **(streams or {"stdout": subprocess.PIPE, "text": True}),
     )  # fmt: skip
     wait_for(lambda: sign.exists() or process.poll() is not None)
     assert process.poll() is None
@@ -404,6 +411,56 @@ def test_an_interrupted_run_loses_nothing_and_leaves_nothing_running(project):
     assert {path: path.read_bytes() for path in (project / "results/cpu/10_one").iterdir()} == old
     assert workplaces(project) == []
     assert changes(project) == {"10_one": "code cells changed"}
+
+
+def test_ctrl_c_on_a_terminal_stops_everything(project):
+    """The key itself, under a pseudo-terminal that is the controlling one."""
+    mark = f"companion-{os.getpid()}-{time.time_ns()}"
+    master, slave = os.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave) | {"start_new_session": True}
+    streams["preexec_fn"] = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    process = started(project, streams=streams, INTERRUPT_TEST=mark)
+    os.write(master, b"\x03")
+    assert process.wait(timeout=LIMIT) == 130
+    os.close(slave)
+    wait_for(lambda: not still_running(mark))
+    shown = _everything(master)
+    assert re.search(r"^\[1/1\] 10_one \.\.\.", shown, re.M) and re.search(r"10_one +interrupted", shown), (
+        shown
+    )
+    assert "Traceback" not in shown and workplaces(project) == []
+
+
+def _everything(terminal: int) -> str:
+    """What was written to a terminal that nobody holds any more."""
+    shown = b""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_run_in_the_background_writes_plain_lines_and_can_be_stopped(project):
+    """``nohup ./run_all.sh &``: the shell starts it with interruptions ignored."""
+    mark, log = f"companion-{os.getpid()}-{time.time_ns()}", project / "run.log"
+    sign = waiting(project)
+    line = f"nohup ./run_all.sh --no-setup --only 10_one > {log.name} 2>&1 & echo $!"
+    told = subprocess.run(
+        ["bash", "-c", line],
+        cwd=project,
+        env=variables(INTERRUPT_TEST=mark),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(sign.exists)
+    os.kill(int(told.stdout), signal.SIGTERM)
+    wait_for(lambda: not still_running(mark))
+    shown = log.read_text()
+    assert re.search(r"^\[1/1\] 10_one \.\.\.", shown, re.M) and re.search(
+        r"^10_one +interrupted", shown, re.M
+    ), shown
+    assert "\r" not in shown and "\x1b" not in shown and workplaces(project) == []
 
 
 def test_a_killed_run_is_taken_up(project):
