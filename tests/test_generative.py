@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import generator, toy_data
 
+from lib.analysis.spectrum import high_frequencies
 from lib.data import load
 from lib.distill import distill, learned
 from lib.formation import Generated
@@ -449,3 +450,21 @@ def test_a_brought_prior_may_be_given_as_a_file(toy, tmp_path):
     path = save_prior(the_prior(LAYERED, toy.train), LAYERED, toy.train, tmp_path / "p.safetensors")
     method = replace(GLAD, prior=replace(LAYERED, weights=str(path)))
     assert torch.equal(distill(method, toy.train, 2).synset.images, distill(GLAD, toy.train, 2).synset.images)
+
+
+# -- what is looked at -----------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_high_frequencies():
+    x = torch.arange(16.0)
+    slow, fast = (torch.cos(2 * torch.pi * f * x).expand(1, 1, 16, 16) for f in (1 / 16, 7 / 16))
+    assert high_frequencies(5 + slow).item() == pytest.approx(0, abs=1e-12)
+    assert high_frequencies(5 + fast).item() == pytest.approx(1)
+    assert high_frequencies(3 * slow + 4 * fast).item() == pytest.approx(16 / 25)
+    assert high_frequencies(torch.ones(2, 3, 8, 8)).tolist() == [0, 0]
+    noise = torch.randn(50, 1, 32, 32, generator=generator())
+    assert high_frequencies(noise).mean().item() == pytest.approx(
+        1 - torch.pi / 16, abs=0.02
+    )  # the area beyond the circle
+    with pytest.raises(CompanionError, match="frequency 0.8"):
+        high_frequencies(noise, 0.8)

@@ -48,3 +48,17 @@ def intrinsic_dimension(points: Tensor) -> float:
         if len(nearest) >= 3:
             return (len(nearest) - 1) / float((nearest[:, 1] / nearest[:, 0]).log().sum())
     raise CompanionError(f"the dimension of {len(flat)} points; allowed: 3 or more that differ")
+
+
+@torch.no_grad()
+def high_frequencies(images: Tensor, beyond: float = 0.25) -> Tensor:
+    """Share of the energy of every image ``(n, c, h, w)`` around its mean that lies beyond a frequency (1 is one period a pixel, the
+    sampling rate; the highest along an axis is 1/2), ``(n,)``; 0 for a blank image."""
+    if not 0 < beyond < 0.5**0.5:
+        raise CompanionError(f"frequency {beyond!r}: allowed are those above 0 and below 0.71")
+    energy = torch.fft.fft2(images.double()).abs().square().sum(1)  # (n, h, w)
+    energy[:, 0, 0] = 0
+    along = (torch.fft.fftfreq(size, device=images.device) for size in images.shape[-2:])
+    radius = torch.cartesian_prod(*along).norm(dim=1).view(images.shape[-2:])
+    total = energy.sum((1, 2))
+    return torch.where(total > 0, energy[:, radius > beyond].sum(1) / total, 0.0)

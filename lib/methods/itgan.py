@@ -110,34 +110,22 @@ class ITGAN:
             return encoded(G, images, y, train.transform)
         if self.inversion == "none":
             return z
-        settings = (
-            self.prior.recipe(),
-            self.inversion_steps,
-            self.inversion_lr,
-            self.inversion_batch,
-            self.cosine,
-        )
         seen = Ensemble.make(self.network, train, [generator])
-        weights, options = (
-            seen.parameters | seen.buffers,
-            {"steps": self.inversion_steps, "lr": self.inversion_lr},
-        )
+        settings = (self.network, self.classifier_epochs, self.augmentation, self.inversion_steps, self.inversion_lr,
+                    self.inversion_batch, self.cosine, self.prior.recipe(), self.prior.weights)  # fmt: skip
+        start = (seen.parameters, seen.buffers, z, images, train.fingerprint, train.device.type)
+        key = digest(settings, start, code_digest(__name__))
 
         def compute() -> dict[str, Tensor]:
-            psi = self.classifier(seen, train).eval().requires_grad_(False)
-            parts = zip(z.split(self.inversion_batch), images.split(self.inversion_batch),
-                        y.split(self.inversion_batch), strict=True)  # fmt: skip
-            return {
-                "z": torch.cat(
-                    [
-                        invert(G, psi.embed, x, c, train.transform, start, cosine=self.cosine, **options)
-                        for start, x, c in parts
-                    ]
-                )
-            }
+            psi = self.classifier(seen, train).eval().requires_grad_(False).embed
+            options = {"steps": self.inversion_steps, "lr": self.inversion_lr, "cosine": self.cosine}
+            parts = (part.split(self.inversion_batch) for part in (images, y, z))
+            found = [
+                invert(G, psi, x, c, train.transform, begun, **options)
+                for x, c, begun in zip(*parts, strict=True)
+            ]
+            return {"z": torch.cat(found)}
 
-        key = digest(settings, self.network, self.classifier_epochs, weights, z, images, train.fingerprint,
-                     self.prior.weights, train.device.type, code_digest(__name__))  # fmt: skip
         return stored(f"inversion-{key}", compute)["z"].to(train.device)
 
     def classifier(self, networks: Ensemble, train: ImageSet) -> torch.nn.Module:

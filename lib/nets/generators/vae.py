@@ -172,13 +172,13 @@ class VAE(Prior):
 
     beta: float = 0.3  # of the KL divergence
     warm_up: int = 0  # steps in which the rate grows from 0
-    clip: float = math.inf  # of the gradient's norm
+    clip: float | None = None  # of the gradient's norm
     width: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole(self, warm_up=0, width=1)
-        positive(self, "beta", "clip")
+        positive(self, "beta", *(["clip"] if self.clip is not None else []))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -197,7 +197,7 @@ class VAE(Prior):
             error, kl = elbo(network(mean + (0.5 * log_var).exp() * noise, y), x, mean, log_var)
             optimiser.zero_grad()
             (error + self.beta * kl).backward()
-            if self.clip < math.inf:
+            if self.clip is not None:
                 nn.utils.clip_grad_norm_(network.parameters(), self.clip)
             optimiser.step()
 
@@ -220,7 +220,7 @@ class SpatialVAE(VAE):
     kind: ClassVar[str] = "spatial"
     steps: int = 600
     warm_up: int = 30
-    clip: float = 50.0
+    clip: float | None = 50.0
     latent: int = 8
 
     def make(self, like) -> Spatial:
