@@ -224,9 +224,9 @@ def the_prior(prior: Prior, train) -> nn.Module:
         network = load_prior(dataclasses.replace(prior, weights=str(path)), train)
     else:
         network = train_prior(prior, train)
-    if isinstance(network, Generator):
+    if isinstance(network, Generator) and train.smallest_class > 1:
         spread = relative_spread(network, train)
-        if not spread >= LEAST_SPREAD:
+        if spread < LEAST_SPREAD:
             warnings.warn(
                 f"the prior {prior.kind} has collapsed on {train.name}: its images of a class spread {spread:.2g} times as far as "
                 f"real ones do; expected at least {LEAST_SPREAD:g}",
