@@ -26,6 +26,7 @@ from benchmarks.feature_spots import FEATURE_SPOTS
 from benchmarks.harness import REFERENCE, Row, measure
 from benchmarks.hot_spots import SIZES, Setting
 from benchmarks.kernel_spots import KERNEL_SPOTS
+from benchmarks.sampler_spots import SAMPLER_SPOTS
 from benchmarks.select_spots import SELECT_SPOTS
 from lib.system.allocator import keep_large_blocks
 from lib.system.device import resolve_device
@@ -45,8 +46,9 @@ MEMORY = (
     "kip-conv-grad",
     "mtt-recompute",
     "dd-recompute",
+    "sampling",
 )
-ONCE = {"test", "rcig", "experts", *KERNEL_SPOTS, *SELECT_SPOTS}  # do not depend on the IPC asked for
+ONCE = {"test", "rcig", "experts", *KERNEL_SPOTS, *SELECT_SPOTS, *SAMPLER_SPOTS}  # do not depend on the IPC asked for
 ONLY_AT = {"krr-digits": "S", "rcig": "S", "experts": "S"}
 FAMILY = list(FEATURE_SPOTS)  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that

@@ -16,13 +16,16 @@ from benchmarks.formation_spots import FORMATION_SPOTS
 from benchmarks.harness import cost
 from benchmarks.hot_spots import HOT_SPOTS, SIZES
 from benchmarks.kernel_spots import KERNEL_SPOTS
+from benchmarks.sampler_spots import SAMPLER_SPOTS
 from benchmarks.select_spots import SELECT_SPOTS
 from benchmarks.unroll_spots import UNROLL_SPOTS
 from lib.system.allocator import keep_large_blocks
 from lib.system.files import ROOT
 
 ALLOCATORS = ("default", "tuned")
-SPOTS = HOT_SPOTS | FEATURE_SPOTS | FORMATION_SPOTS | KERNEL_SPOTS | SELECT_SPOTS | UNROLL_SPOTS
+SPOTS = (
+    HOT_SPOTS | FEATURE_SPOTS | FORMATION_SPOTS | KERNEL_SPOTS | SELECT_SPOTS | UNROLL_SPOTS | SAMPLER_SPOTS
+)
 
 
 def in_process(

@@ -35,6 +35,18 @@ def quick(case):
     return case.study(method, "two steps", brief, sets=2, networks=1)
 
 
+@pytest.mark.filterwarnings("ignore:the prior")  # trained for a step
+def test_new_images_in_every_epoch_are_a_row_of_their_own(case):
+    method = case.recipe("dim").method
+    method = replace(method, iterations=1, prior=replace(method.prior, steps=1), pool=("convnet-d1-w4",))
+    brief = replace(case.plain, epochs=1, name="brief")
+    fixed = case.study(method, "one step", brief, sets=2, networks=1)
+    fresh = case.fresh(fixed, 3, brief, networks=1)
+    assert fresh.distilled is fixed.distilled and fresh.evaluation.accuracy.shape == (2, 1)
+    rows = tables.rows_to_frame([case.row(fixed), case.row(fresh)])
+    assert rows["protocol"].tolist() == ["brief", "fresh-brief"] and rows["config"].nunique() == 1
+
+
 def test_cases_of_the_same_data_and_ipc_are_one_key(case):
     same, other = Case(case.run, "digits", 1), Case(case.run, "digits", 2)
     assert case == same and {case: 1}[same] == 1 and case != other and case != "digits IPC 1"

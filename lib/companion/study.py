@@ -20,7 +20,16 @@ from lib.companion.profiles import published_only
 from lib.companion.published import quoted
 from lib.companion.run import Run
 from lib.distill import Distilled, distill, settings_digest
-from lib.evaluate import PROTOCOLS, Evaluation, Protocol, Spread, evaluate, full_data_accuracy, protocol
+from lib.evaluate import (
+    PROTOCOLS,
+    Evaluation,
+    Protocol,
+    Spread,
+    evaluate,
+    evaluate_fresh,
+    full_data_accuracy,
+    protocol,
+)
 from lib.methods import METHODS, method, name_of, recipes
 from lib.recipes import Recipe, Recipes
 from lib.synset import SyntheticSet, check_ipc
@@ -162,6 +171,21 @@ class Case:
     def under(self, result: Result, protocol: Protocol, networks: int | None = None) -> Result:
         """The same sets under another protocol."""
         return replace(result, evaluation=self.evaluate(result.distilled, protocol, networks))
+
+    def fresh(
+        self,
+        result: Result,
+        per_class: int | None = None,
+        protocol: Protocol | None = None,
+        networks: int | None = None,
+    ) -> Result:
+        """The generators of these sets, judged with new images in every epoch (``lib.evaluate.fresh``), as a rule IPC of a class."""
+        protocol, count = protocol or self.plain, networks or self.run.profile.networks
+        with self.run.stage(f"evaluation with new images on {self!r}"):
+            found = evaluate_fresh(
+                result.sets, self.data, protocol, per_class or self.ipc, self.run.seed, count, cache=True
+            )
+        return replace(result, evaluation=found)
 
     def random(self, protocol: Protocol | None = None) -> Result:
         """The baseline: more draws than any method gets, since draws of few images differ by ten points."""

@@ -208,6 +208,11 @@ _DIGITS = DiM(
     iterations=100, lr=5e-5, weight=1.0, pool=("convnet-d2-w16", "convnet-d2-w32", "convnet-d2-w48"), network_steps=2, renew_every=50,
     augmentation="none",
 )  # fmt: skip
+_FASHION = replace(
+    _DIGITS,
+    prior=replace(_DIGITS.prior, least=4, critic_convs=3, strided=(1, 2, 3)),
+    pool=("convnet-d3-w16", "convnet-d3-w32", "convnet-d3-w48"),
+)
 
 
 def _of(images: int, convs: tuple[int, ...] = (3, 1, 0)) -> DiM:
@@ -221,6 +226,11 @@ _COMMAND = (
 )
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small(
+        "fashion14",
+        _FASHION,
+        source="the settings of digits with networks for 14 pixels, not chosen on these data",
+    ),
     published("cifar10", (1, 10, 50), _of(50_000), "dim", _COMMAND),
     published("svhn", (1, 10, 50), _of(73_257), "dim", _COMMAND),
     published("mnist fashionmnist", (1, 10, 50), _of(60_000), "dim", _COMMAND),

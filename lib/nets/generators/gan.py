@@ -126,7 +126,7 @@ class GAN(Generator):
                     kind: getattr(self.moments, f"{kind}_{names[parameter]}").clone()
                     for kind in ("exp_avg", "exp_avg_sq")
                 }
-                adam.state[parameter] = {"step": self.moments.step.cpu().clone()} | kept
+                adam.state[parameter] = {"step": self.moments.step.clone()} | kept
             made.append(adam)
         return tuple(made)
 
