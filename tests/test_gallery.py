@@ -23,6 +23,7 @@ import pytest
 import torch
 from nbformat import writes
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from lib.companion import plots, start, tables
 from lib.evaluate import Spread
@@ -186,6 +187,14 @@ def test_the_overview_shows_what_was_measured(site):
     assert (
         re.search('class="overview only-light"|class="only-light overview"', index) and "only-dark" in index
     )
+
+
+def test_the_overview_has_the_colours_of_the_page(site):
+    corners = {
+        Image.open(path).convert("RGB").getpixel((1, 1))
+        for path in (site / "figures/_images").glob("overview-*.png")
+    }
+    assert corners == {(255, 255, 255), (19, 20, 22)}
 
 
 def test_the_leaderboard_has_every_row_once(site):

@@ -30,11 +30,11 @@ def draw(board, folder: Path) -> list[str]:
     for theme, (ink, page) in INKS.items():
         with matplotlib.rc_context():
             use_style()
-            colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-            matplotlib.rcParams.update(
-                dict.fromkeys(colours, ink) | {"figure.facecolor": page, "axes.facecolor": page}
-            )
-            figure(names, board, found, ink, page).savefig(folder / f"overview-{theme}.png", dpi=150)
+            colours = ["text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor"]
+            colours += [f"{axis}tick.{part}" for axis in "xy" for part in ("color", "labelcolor")]
+            matplotlib.rcParams.update(dict.fromkeys(colours, ink) | {"axes.facecolor": page})
+            drawn = figure(names, board, found, ink, page)
+            drawn.savefig(folder / f"overview-{theme}.png", dpi=150, facecolor=page)
         written.append(f"overview-{theme}.png")
     return written
 
