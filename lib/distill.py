@@ -91,11 +91,12 @@ def distill(
         progress: a bar with method, data and the last value of the first metric.
         callback: called with (steps done, state, metrics) after every step.
     Raises:
-        CompanionError: ipc, seed or a number among the settings out of range; a checkpoint of another configuration; a non-finite value
-            (the last good state stays in the checkpoint, if there is one).
+        CompanionError: ipc, seed or a number among the settings out of range; images or labels that are none; a checkpoint of another
+            configuration; a non-finite value (the last good state stays in the checkpoint, if there is one).
     """
     check_default_type()
     train = getattr(train, "train", train)
+    train.check()
     if isinstance(method, str):
         from lib.methods import recipes
 

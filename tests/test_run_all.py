@@ -388,13 +388,18 @@ def started(root: Path, *words: str, streams: dict | None = None, **given: str) 
     return process
 
 
-def still_running(mark: str) -> list[str]:
+def processes_of(mark: str) -> list[tuple[int, str]]:
+    """The processes with this mark in their environment: number and command line."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"INTERRUPT_TEST={mark}".encode() in (entry / "environ").read_bytes():
-                found.append((entry / "cmdline").read_text())
+                found.append((int(entry.name), (entry / "cmdline").read_text()))
     return found
+
+
+def still_running(mark: str) -> list[str]:
+    return [words for _, words in processes_of(mark)]
 
 
 def test_an_interrupted_run_loses_nothing_and_leaves_nothing_running(project):
@@ -466,10 +471,9 @@ def test_a_run_in_the_background_writes_plain_lines_and_can_be_stopped(project):
 def test_a_killed_run_is_taken_up(project):
     mark = f"companion-{os.getpid()}-{time.time_ns()}"
     process = started(project, INTERRUPT_TEST=mark)
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"INTERRUPT_TEST={mark}".encode() in (entry / "environ").read_bytes():
-                os.kill(int(entry.name), signal.SIGKILL)
+    for number, _ in processes_of(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     process.communicate(timeout=LIMIT)
     wait_for(lambda: not still_running(mark))
     assert list((project / ".snakemake/locks").iterdir())

@@ -358,7 +358,7 @@ def test_the_best_scores_are_stable_and_finite():
         scores.best(torch.tensor([1.0, torch.nan]), 1)
     with pytest.raises(CompanionError, match="6 is not allowed: there are 1 to 5"):
         scores.best(ties, 6)
-    with pytest.raises(CompanionError, match="are the features finite"):
+    with pytest.raises(CompanionError, match="of linear: vectors are not finite"):
         submodular.lazy(submodular.GraphCut(similarity.linear(points() * torch.nan)), 2)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.system.errors import CompanionError
+from lib.system.tensors import guard
 
 
 @torch.no_grad()
@@ -62,3 +63,6 @@ def high_frequencies(images: Tensor, beyond: float = 0.25) -> Tensor:
     radius = torch.cartesian_prod(*along).norm(dim=1).view(images.shape[-2:])
     total = energy.sum((1, 2))
     return torch.where(total > 0, energy[:, radius > beyond].sum(1) / total, 0.0)
+
+
+guard(globals(), finite=True)

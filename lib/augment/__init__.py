@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.system.errors import unknown
+from lib.system.tensors import guard
 
 # The published strengths (brightness 1, saturation 2 and contrast 0.5 are in the operations themselves).
 CROP, CUTOUT, SCALE, ROTATE_DEGREES = 0.125, 0.5, 1.2, 15.0
@@ -290,3 +291,6 @@ def families(augmentation: str, train) -> tuple[str, ...]:
 def augment_by_class(images: Tensor, omega: Draw) -> Tensor:
     r"""$\mathcal A_{\omega_c}$ on ``(C, n, c, h, w)``, one row of ``omega`` per class, shared by all its images (siamese)."""
     return apply(images.flatten(0, 1), omega.repeat(images.shape[1])).view(images.shape)
+
+
+guard(globals())

@@ -14,6 +14,7 @@ from lib.data.whitening import Transform
 from lib.system.cache import digest
 from lib.system.cards import card, rows_of, sheet
 from lib.system.errors import CompanionError
+from lib.system.tensors import check_labels, check_tensor
 
 # Differentiable siamese augmentation: all families for natural images, no mirror images of digits (DSA, section 4).
 NATURAL = "color_crop_cutout_flip_scale_rotate"
@@ -69,6 +70,31 @@ class ImageSet:
         chosen = table[table >= 0]
         table[table >= 0] = torch.arange(len(chosen))
         return sheet(self.transform.inverse(self.images[chosen]), table)
+
+    def check(self) -> None:
+        """Refuse images that are not finite 32-bit numbers ``(N, c, h, w)`` and labels that are not N class indices beside them;
+        whoever is given a set begins with this.
+
+        Raises:
+            CompanionError: in one line.
+        """
+        self._sound  # noqa: B018
+
+    @functools.cached_property
+    def _sound(self) -> bool:
+        what = f"images of {self.name!r}"
+        check_tensor(what, self.images)
+        if self.images.dtype != torch.float32 or self.images.dim() != 4:
+            shape = tuple(self.images.shape)
+            raise CompanionError(
+                f"{what} must be torch.float32 (N, c, h, w), not {self.images.dtype} {shape}"
+            )
+        what = f"labels of {self.name!r}"
+        check_tensor(what, self.labels, floating=False, like=self.images)
+        if tuple(self.labels.shape) != (len(self.images),):
+            raise CompanionError(f"{what} are {tuple(self.labels.shape)} for {len(self.images)} images")
+        check_labels(what, self.labels, self.num_classes)
+        return True
 
     @property
     def device(self) -> torch.device:

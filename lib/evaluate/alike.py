@@ -16,11 +16,13 @@ def check_alike(sets: Iterable[SyntheticSet], test) -> None:
     """Refuse sets of other classes, of images of another shape, or normalised or whitened otherwise than the test images.
 
     Raises:
-        CompanionError: for the first such set, in one line that names both sides.
+        CompanionError: for the first such set, in one line that names both sides; for a set or data whose tensors are wrong in themselves.
     """
+    test.check()
     if not len(test):
         raise CompanionError(f"the data {test.name!r} have no test images")
     for synset in sets:
+        synset.check()
         if not len(synset.labels):
             raise CompanionError("the set has no images")
         if tuple(synset.classes) != tuple(test.classes):

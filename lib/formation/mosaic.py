@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib.data.whitening import Transform
 from lib.system.errors import CompanionError
+from lib.system.tensors import guard
 
 
 def cells(images: Tensor, factor: int = 2) -> Tensor:
@@ -96,3 +97,6 @@ class Mosaic:
 
     def pack(self, images: Tensor) -> Tensor:
         return mosaics(images, self.packing)
+
+
+guard(globals())

@@ -13,6 +13,7 @@ from lib.data.whitening import Transform
 from lib.formation.colours import as_tuples, colours
 from lib.formation.mosaic import check_factor
 from lib.system.errors import CompanionError, unknown
+from lib.system.tensors import guard
 
 KINDS = ("single", "multi")
 
@@ -127,3 +128,6 @@ def bounded(factor: int, count: int, most: int) -> list[tuple[int, int]]:
         parts.append((f, n))
         count, most = count - n, most - n * f * f
     return [(f, n) for f, n in [*parts, (1, count)] if n]
+
+
+guard(globals())

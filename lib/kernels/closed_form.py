@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lib.kernels import ridge
 from lib.system.errors import CompanionError
+from lib.system.tensors import guard
 
 
 def _spectral(a: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -231,3 +232,6 @@ def privacy_noise(
         )
     constant = 2 * math.sqrt((2 if standard else 1) * math.log(1.25 / delta))
     return float((constant * bound * (pinv @ y).norm(dim=1) / (sigma_min**2 * epsilon * free)).max())
+
+
+guard(globals(), finite=True)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.kernels.fc import SIGMA_B, SIGMA_W, Kernels, arc_cosine, dense
 from lib.system.errors import CompanionError, choose
+from lib.system.tensors import guard
 
 NETS = {
     "convnet3": "cpcpcpf",  # the ConvNet of DC, and RFAD's
@@ -222,3 +223,6 @@ def _pairs(
     k, ntk = (t.flatten(1).mean(1) if whole else _own_diagonal(t).flatten(1).mean(1) for t in (k, ntk))
     k = dense(k, *scales)
     return k, scales[0] ** 2 * ntk + k
+
+
+guard(globals())

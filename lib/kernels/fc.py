@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib.system.errors import CompanionError
+from lib.system.tensors import guard
 
 SIGMA_W = math.sqrt(2)
 SIGMA_B = 0.1
@@ -192,3 +193,6 @@ def fully_connected(
     else:
         rates, offset = [float(x1.shape[1])] + [float(width)] * depth, float(b > 0)
     return Kernels(*FullyConnected.apply(x1, x2, a, b, rates, offset))
+
+
+guard(globals())

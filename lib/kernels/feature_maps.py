@@ -16,6 +16,7 @@ from torch import Tensor
 from lib.kernels.fc import SIGMA_B, SIGMA_W
 from lib.nets.pool import average_pool
 from lib.system.errors import CompanionError
+from lib.system.tensors import guard
 
 MAP_VALUES = 2**20  # of one layer at a time without gradients: stays in the cache of a CPU core
 MAP_VALUES_CUDA = 2**28
@@ -181,3 +182,6 @@ def conjugate_kernel(
 ) -> Tensor:
     """sw^2 phi1 phi2^T + sb^2, the kernel of a random last layer; (n1, n2), an estimate of the NNGP kernel."""
     return sigma_w**2 * phi1 @ phi2.T + sigma_b**2
+
+
+guard(globals())

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lib.system.errors import CompanionError, check_several
+from lib.system.tensors import guard
 
 
 def regularised(k_ss: Tensor, lam: float, scaled: bool = True) -> Tensor:
@@ -138,3 +139,6 @@ def lead(y: Tensor) -> Tensor:
 def margin(y: Tensor, wanted: float = 1.0) -> Tensor:
     """FRePo's label term: minus the mean over rows of min(largest - second largest entry, wanted / C); RCIG wants half; y (m, C)."""
     return -lead(y).clamp_max(wanted / y.shape[1]).mean()
+
+
+guard(globals())

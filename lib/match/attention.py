@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lib.match.distance import At, Distance, Look, check_weight
 from lib.system.errors import CompanionError, choose
+from lib.system.tensors import guard
 
 POOLED_ROWS = 128  # images whose channels are pooled at once
 
@@ -131,3 +132,6 @@ class Attention(Distance):
             f"attention{layer}": self.weight * mean_distance(real[layer], syn[layer], self.distance)
             for layer in real
         }
+
+
+guard(globals())

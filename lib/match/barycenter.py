@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lib.match import mmd
 from lib.system.errors import CompanionError, unknown
+from lib.system.tensors import guard
 
 STILL = 1e-20  # a squared move below which the atoms have not moved but for rounding
 MODES = ("uniform", "alternating", "official_weighted")
@@ -239,3 +240,6 @@ def mmd_atoms(points: Tensor, start: Tensor, steps: int = 60) -> Tensor:
         (atoms.grad,) = torch.autograd.grad(mmd.mmd(points, atoms).sum(), atoms)
         optimiser.step()
     return atoms.detach()
+
+
+guard(globals(), finite=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lib.match.distance import At, Distance, Look, check_weight
 from lib.system.errors import CompanionError, choose
+from lib.system.tensors import guard
 
 
 def class_mean(real: Tensor, syn: Tensor) -> Tensor:
@@ -149,3 +150,6 @@ class ClassAware(Distance):
         labels = torch.arange(len(logits), device=logits.device).unsqueeze(1)
         at.measured["accuracy"] = torch.as_tensor(at.percent, device=logits.device).clone()
         return {"cross-entropy": self.weight * at.percent * class_aware(logits, labels)}
+
+
+guard(globals())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.match import features, mmd, transport
+from lib.system.tensors import guard
 
 MARGINAL_ROWS = (
     30  # real images per class in the metric that ignores classes: its plan is of all classes at once
@@ -88,3 +89,6 @@ def bootstrap(x: np.ndarray, y: np.ndarray, draws: int = 1000, seed: int = 0) ->
     """:func:`rank_correlation` of ``draws`` resamples of the n pairs, ``(draws,)``; equal seeds resample alike."""
     rows = np.random.default_rng(seed).integers(len(x), size=(draws, len(x)))
     return rank_correlation(x[rows], y[rows])
+
+
+guard(globals(), finite=True)

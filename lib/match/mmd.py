@@ -18,6 +18,7 @@ from torch import Tensor
 from lib.match.distance import At, Distance, check_weight
 from lib.match.features import class_mean
 from lib.system.errors import CompanionError, choose
+from lib.system.tensors import guard
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -181,3 +182,6 @@ class MMD(Distance):
             return {"mean": self.weight * class_mean(a, b)}
         bandwidth = None if self.bandwidth == "adaptive" else self.bandwidth
         return {"mmd": self.weight * mmd(a, b, self.kernel, bandwidth)}
+
+
+guard(globals())

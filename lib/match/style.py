@@ -17,6 +17,7 @@ from lib.match.distance import At, Distance, Look, check_weight
 from lib.match.features import class_mean
 from lib.nets.convnet import TAPS
 from lib.system.errors import CompanionError, choose
+from lib.system.tensors import guard
 
 EPS = 1e-5  # below the root of every standard deviation, as published
 
@@ -265,3 +266,6 @@ def _warn_of_one(distance, ipc: int) -> None:
         warnings.warn(
             f"one image per class has no diversity: {type(distance).__name__} is left out", stacklevel=2
         )
+
+
+guard(globals())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lib.system.errors import CompanionError
+from lib.system.tensors import guard
 
 CUT = 1e-4  # of the largest eigenvalue
 
@@ -73,3 +74,6 @@ def _orthonormal(differences: Tensor, cut: float) -> Tensor:
     U = D @ (Q[:, kept] / values[kept].sqrt())
     # a second pass against rounding, which the division by small eigenvalues enlarges
     return torch.linalg.qr(U).Q.to(differences.dtype) if U.shape[1] else U.to(differences.dtype)
+
+
+guard(globals(), finite=True)

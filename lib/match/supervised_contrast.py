@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.system.tensors import guard
+
 
 def alike(e0: Tensor, e1: Tensor) -> Tensor:
     r"""$\mathrm{mean}_i\,\tfrac12\big(1+\cos(e^0_i,e^1_i)\big)$, in [0, 1]."""
@@ -28,3 +30,6 @@ def supcon(e0: Tensor, e1: Tensor, labels: Tensor, temperature: float = 0.07) ->
     positive = (y[:, None] == y) & ~itself
     share = (e @ e.T / temperature).masked_fill(itself, float("-inf")).log_softmax(1)
     return -(share.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+guard(globals())

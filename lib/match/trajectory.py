@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lib.system.tensors import guard
+
 
 def relative_distance(student: Tensor, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     r"""$\mathcal L=\lVert\theta_N-\theta^*_{t+M}\rVert^2/\lVert\theta^*_t-\theta^*_{t+M}\rVert^2$ and its derivative by the student.
@@ -15,3 +17,6 @@ def relative_distance(student: Tensor, start: Tensor, target: Tensor) -> tuple[T
     """
     gap, moved = student - target, (start - target).square().sum(1)
     return gap.square().sum(1) / moved, 2 * gap / moved[:, None]
+
+
+guard(globals())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib.match.mmd import distances, squared_distances
 from lib.system.errors import CompanionError, unknown
+from lib.system.tensors import guard
 
 
 def cost_matrix(x: Tensor, y: Tensor, p: int = 2) -> Tensor:
@@ -354,3 +355,6 @@ def bures(real: Tensor, syn: Tensor) -> Tensor:
         return centred.transpose(-1, -2) @ centred / points.shape[-2]
 
     return gaussian_w2(real.mean(-2), covariance(real), syn.mean(-2), covariance(syn))
+
+
+guard(globals())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.select.greedy import check_budget
 from lib.select.similarity import Pairwise
+from lib.system.tensors import guard
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,6 @@ def _grow(factor: Tensor, size: int, column: Tensor, diagonal: Tensor) -> Tensor
     smallest = torch.finfo(diagonal.dtype).eps * diagonal
     factor[size, size] = (diagonal - row.square().sum()).clamp_min(smallest).sqrt()
     return factor
+
+
+guard(globals(), finite=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib.select.similarity import symmetric_kl
 from lib.system.errors import CompanionError, unknown
+from lib.system.tensors import guard
 
 HERDING_RULES = ("icarl", "welling", "deepcore")
 
@@ -114,3 +115,6 @@ def check_budget(budget: int, available: int) -> None:
         raise CompanionError(
             f"a selection of {budget} is not allowed: there are 1 to {available} images to choose from"
         )
+
+
+guard(globals(), finite=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib.data.imageset import draw
 from lib.system.errors import choose, unknown
+from lib.system.tensors import guard
 
 STARTS = ("random", "k-means++")
 
@@ -137,3 +138,6 @@ def _means(points: Tensor, labels: Tensor, valid: Tensor, centroids: Tensor) -> 
     size = torch.zeros_like(centroids[:, :, 0]).scatter_add_(1, labels, weight)[:, :, None]
     total = torch.zeros_like(centroids).scatter_add_(1, labels[:, :, None].expand_as(points), points)
     return torch.where(size > 0, total / size.clamp(min=1), centroids)
+
+
+guard(globals(), finite=True)

@@ -13,6 +13,7 @@ from lib.kernels.ridge import lead
 from lib.select.greedy import check_budget
 from lib.select.last_layer import LastLayer
 from lib.system.errors import CompanionError, unknown
+from lib.system.tensors import guard
 
 VARIANTS = ("paper", "deepcore")
 
@@ -163,3 +164,6 @@ def best(scores: Tensor, budget: int, largest: bool = True) -> Tensor:
 def _check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise unknown("variant", variant, VARIANTS)
+
+
+guard(globals(), finite=True)

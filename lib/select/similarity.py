@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib.system.tensors import guard
+
 CHUNK = 2**24  # entries of the columns that are alive at one time
 HELD = 2**26  # entries of the largest matrix that is kept: 8192 points, as in one class of most datasets
 
@@ -102,3 +104,6 @@ def symmetric_kl(log_p: Tensor) -> Pairwise:
 def _on_diagonal(values: Tensor, indices: Tensor, value: float) -> Tensor:
     values[indices, torch.arange(len(indices), device=indices.device)] = value
     return values
+
+
+guard(globals(), finite=True)

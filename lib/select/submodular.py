@@ -16,6 +16,7 @@ from torch import Tensor
 from lib.select.greedy import check_budget
 from lib.select.similarity import Pairwise, held
 from lib.system.errors import CompanionError, unknown
+from lib.system.tensors import guard
 
 
 class FacilityLocation:
@@ -222,3 +223,6 @@ def cluster_sizes(similarity: Pairwise, selected: Tensor, variant: str = "paper"
     weights = torch.empty_like(sizes)
     weights[place] = sizes
     return weights if variant == "paper" else weights + 1
+
+
+guard(globals(), finite=True)

@@ -21,6 +21,7 @@ from lib.formation import DECODERS, Pixels
 from lib.system.cards import card, rows_of, sheet
 from lib.system.errors import CompanionError, choose, integer
 from lib.system.files import read_safetensors, write_tensors
+from lib.system.tensors import check_labels, check_tensor
 
 FORMAT = "distillation-companion/1"
 
@@ -50,6 +51,35 @@ class SyntheticSet:
     indices: Tensor | None = None
     step_size: Tensor | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse parts that are wrong in themselves or do not fit together; every use by others begins with this.
+
+        Raises:
+            CompanionError: no tensor, another type, another device than the codes, values that are not finite, other numbers of
+                labels, weights or indices than of codes, labels beyond the classes, negative weights.
+        """
+        check_tensor("codes", self.codes)
+        check_tensor("labels", self.labels, floating=None, like=self.codes)
+        count, classes = len(self.codes), len(self.classes)
+        if tuple(self.labels.shape) != ((count, classes) if self.soft else (count,)):
+            raise CompanionError(
+                f"labels are {tuple(self.labels.shape)} for {count} codes and {classes} classes; "
+                f"allowed: ({count},) class indices or ({count}, {classes})"
+            )
+        if not self.soft:
+            check_labels("labels", self.labels, classes)
+        for name, floating in (("weights", True), ("indices", False)):
+            if (value := getattr(self, name)) is not None:
+                check_tensor(name, value, floating=floating, like=self.codes)
+                if tuple(value.shape) != (count,):
+                    raise CompanionError(
+                        f"{name} are {tuple(value.shape)} for {count} codes; allowed: ({count},)"
+                    )
+        if self.weights is not None and bool((self.weights < 0).any()):
+            raise CompanionError(f"weights must not be negative; the least is {float(self.weights.min()):g}")
+        if self.step_size is not None:
+            check_tensor("step_size", self.step_size)
 
     # -- as torch's data sets: the images to train on, with their labels ------------------------------------------------
 
@@ -178,7 +208,8 @@ class SyntheticSet:
         return {"format": FORMAT, "about": json.dumps(about, sort_keys=True, default=as_plain)}
 
     def save(self, path: Path | str) -> Path:
-        """Write the exact tensors and all metadata to one safetensors file, atomically."""
+        """Write the exact tensors and all metadata to one safetensors file, atomically; errors as :meth:`check`."""
+        self.check()
         write_tensors(path, self.tensors(), self.header())
         return Path(path)
 
@@ -233,8 +264,9 @@ class SyntheticSet:
         Args:
             allow_empty: a class without an image gets an empty folder; torchvision's ``ImageFolder`` must be told so, too.
         Raises:
-            CompanionError: the folder exists and is not empty, or cannot be written; a class without an image.
+            CompanionError: the folder exists and is not empty, or cannot be written; a class without an image; as :meth:`check`.
         """
+        self.check()
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CompanionError(f"cannot export to {folder}: it is not an empty folder")
