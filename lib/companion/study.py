@@ -109,6 +109,11 @@ class Case:
         """Whether small networks and short runs are the point, as the data say."""
         return self.data.train.small
 
+    @property
+    def trainable(self) -> bool:
+        """Whether a network can be trained on all of the data here: they are small, or there is a GPU."""
+        return self.small or self.run.device.type != "cpu"
+
     def recipe(self, what: str | Recipes, variant: str = "") -> Recipe:
         """The row of a method (its name, or its table) for this data set and IPC."""
         table = recipes(what) if isinstance(what, str) else what
@@ -298,7 +303,7 @@ class Case:
             "accuracy": result.spread,
             "networks": networks,
             "random": None if random is None else random.spread,
-            "full": self.full.spread,
+            "full": self.full.spread if self.trainable else None,
             "paper": None if paper is None else paper[0],
             "paper_source": "" if paper is None else paper[1],
             "seconds": result.seconds,

@@ -29,7 +29,7 @@ from lib.match.gradient import Gap, RowCosine
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict_embeddings, sgd_steps
 from lib.optim.sequential import pixel_sgd
-from lib.recipes import Recipes, published, small
+from lib.recipes import Recipes, published, small, two_cores
 from lib.select.sampler import Memory, RandomBatches
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError, choose, whole
@@ -227,11 +227,16 @@ _PAPER = DC()
 _DIGITS = DC(real_batch=64, network="convnet-d2-w32", outer=120)
 _FASHION = DC(real_batch=32, network="convnet-d3-w32", outer=40, lr=1.0)
 _PHOTOS = DC(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5, init="real")
+_NARROW = DC(lr=0.4, real_batch=64, network="convnet-d3-w32")
+FEW = {"outer": 20, "inner": 10, "epochs": 10, "init": "real"}  # at IPC 10, where a network costs ten matching steps
+CUT = "few of 1000 networks, a quarter of real batch and width: the distance sums over channels, so four times the rate"
 _COMMANDS = "section 3.1 and the published commands"
 RECIPES = Recipes(
     small("digits", _DIGITS),
     small("fashion14", _FASHION),
     small("photos16 photos32", _PHOTOS),
+    two_cores(replace(_NARROW, outer=200), ipc=1, source=CUT),
+    two_cores(replace(_NARROW, **FEW), ipc=10, source=f"{CUT}; epochs cut, from real images"),
     published("mnist", (1, 10, 20, 30, 40, 50), _PAPER, "dc-mnist", _COMMANDS),
     published("fashionmnist svhn cifar10", (1, 10, 20, 30, 40, 50), _PAPER, "dc", _COMMANDS),
     published("cifar100", (1, 10), _PAPER, "dc", _COMMANDS),

@@ -10,10 +10,10 @@ same families, but own parameters for every image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.methods import dc
-from lib.recipes import Recipes, published, small
+from lib.recipes import Recipes, published, small, two_cores
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,13 @@ _PAPER = DSA()
 _DIGITS = DSA(real_batch=64, network="convnet-d2-w32", outer=120)
 _FASHION = DSA(real_batch=32, network="convnet-d3-w32", outer=40, lr=1.0)
 _PHOTOS = DSA(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5)
+_NARROW = DSA(lr=0.4, real_batch=64, network="convnet-d3-w32")
 RECIPES = Recipes(
     small("digits", _DIGITS),
     small("fashion14", _FASHION),
     small("photos16 photos32", _PHOTOS),
+    two_cores(replace(_NARROW, outer=200), ipc=1, source=dc.CUT),
+    two_cores(replace(_NARROW, **dc.FEW), ipc=10, source=f"{dc.CUT}; epochs cut"),
     published(
         "mnist fashionmnist svhn cifar10 cifar100",
         (1, 10, 50),

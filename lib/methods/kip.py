@@ -30,7 +30,7 @@ from lib import augment
 from lib.augment import families
 from lib.formation.start import INITIAL, initial_pixels
 from lib.kernels import conv, fc, ridge
-from lib.recipes import Recipes, published, small
+from lib.recipes import Recipes, published, small, two_cores
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError, unknown
 
@@ -226,6 +226,7 @@ RECIPES = Recipes(
         "own-kernel",
         variant="label solve",
     ),
+    two_cores(KIP(target_batch=2000), protocol="own-kernel", source="the published notebook with 2000 of 5000 targets a step"),
     published("cifar10", 10, KIP(), "own-kernel", _NOTEBOOK),
     published("cifar10", (1, 50), KIP(), "own-kernel", _ASSUMED),
     published("mnist", (1, 10, 50), KIP(), "own-kernel", _ASSUMED),

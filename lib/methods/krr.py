@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lib.formation.start import INITIAL
 from lib.kernels import closed_form, feature_maps
-from lib.recipes import Recipes, published, small
+from lib.recipes import Recipes, published, small, two_cores
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError, unknown
 
@@ -251,5 +251,6 @@ RECIPES = Recipes(
         published(_DATA, (1, 10, 50), paper, "own-ridge", source, variant=name)
         for name, (_, paper, source) in _VARIANTS.items()
     ),
+    two_cores(KRR(), protocol="own-ridge", source="a closed form: as published"),
     published("cifar100", 5, KRR(init="real"), "own-ridge", "Figure 2", variant="real"),
 )

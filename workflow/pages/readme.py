@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
-from lib.companion import published, tables, verdicts
+from lib.companion import benchmark, published, tables, verdicts
 from lib.companion.contents import FAMILIES, methods_of, titles
 from lib.evaluate.spread import Spread
 from lib.methods import METHODS
@@ -61,6 +61,7 @@ def writers(root: Path) -> dict[str, Callable[[], str]]:
     return {
         "counts": lambda: counts(records),
         "results": lambda: results(frame, records),
+        "benchmark": benchmark_table,
         "notebooks": lambda: notebooks(records),
         "rooms": lambda: rooms(root / "lib"),
     }
@@ -114,6 +115,13 @@ def results(frame, records: dict[str, dict]) -> str:
     rows.append(["all training data", "", *ceilings, ""])
     columns = ["method", "notebook", *(f"{data}, {ipc} per class" for data, ipc in CASES)]
     return "\n".join(table([*columns, "published, Fashion-MNIST", "claims"], rows))
+
+
+def benchmark_table() -> str:
+    """Published and ours on the papers' data under their protocol, without the seconds."""
+    frame = benchmark.stored()
+    frame = frame[[column for column in frame if not column.endswith("seconds")]]
+    return "\n".join(table(frame.columns, frame.values.tolist()))
 
 
 def alike(standing, name: str) -> list[Spread]:

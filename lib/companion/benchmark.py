@@ -1,0 +1,142 @@
+"""A published benchmark on a laptop: the data set and the protocol of the papers, methods cut to what a core does in minutes.
+
+Every row of the table holds our accuracy and the published one of the same data set, images per class and protocol; networks of
+the distillation and of the evaluation are named, because the first are narrower than the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lib.companion import kernel_study, ridge_study, tables
+from lib.companion.published import quoted
+from lib.companion.study import Case, Result
+from lib.distill import Distilled, settings_digest
+from lib.evaluate import PROTOCOLS
+from lib.evaluate.spread import Spread
+from lib.methods import method, recipes
+from lib.recipes import TWO_CORES
+from lib.system.files import ROOT
+
+NOTEBOOK = "87_fashion_mnist"
+NARROW = "convnet-d3-w32"
+SETS = 3  # of every method; random real images get the profile's draws
+
+
+def random_rows(case: Case, networks: Sequence[str]) -> list[tables.Row]:
+    """Random real images, judged by each of these networks."""
+    results = [case.random(replace(case.plain, network=network)) for network in networks]
+    return [case.row(result) for result in results]
+
+
+def method_rows(
+    case: Case, name: str, variant: str, networks: Sequence[str], random: Sequence[tables.Row]
+) -> tuple[Result, list[tables.Row]]:
+    """One method at its recipe of this variant, judged by each of these networks: its result with the first of them, and all rows."""
+    recipe = case.recipe(name, variant)
+    first = replace(case.plain, network=networks[0])
+    result = case.study(recipe, protocol=first, sets=SETS, networks=1)
+    results = [result, *(case.under(result, replace(case.plain, network=other), 1) for other in networks[1:])]
+    paper = quoted(name, case.dataset, case.ipc, "")
+    found = {"paper": paper[0], "paper_source": paper[1]} if paper else {}
+    rows = [
+        replace(case.row(result), random=chance.accuracy, **found)
+        for result, chance in zip(results, random, strict=True)
+    ]
+    return result, rows
+
+
+def kip_rows(case: Case) -> list[tables.Row]:
+    """KIP, and random real images, under the kernel regression of KIP."""
+    recipe = case.recipe("kip", TWO_CORES)
+    settings = {"kip": recipe.method, "random": replace(recipe.method, iterations=0)}
+    counts = {"kip": SETS, "random": case.run.profile.random_draws}
+    sets = {name: case.distil(one, counts[name]) for name, one in settings.items()}
+    found = {name: kernel_study.accuracy(settings[name], made, case.data) for name, made in sets.items()}
+    about = {"kip": (recipe.method, TWO_CORES), "random": (method("random")(), "")}
+    chance = {"kip": found["random"], "random": None}
+    return [
+        kernel_study.row(case, *about[name], "FC1 NTK", sets[name], found[name], random=chance[name])
+        for name in ("random", "kip")
+    ]
+
+
+def krr_rows(case: Case) -> list[tables.Row]:
+    """The closed form of linear ridge regression, and random real images under it."""
+    settings, draw = case.recipe("krr", TWO_CORES).method, method("random")()
+    teacher, _ = ridge_study.teacher_of(settings, case.data, case.run.seed)
+    sets, draws = case.distil(settings, SETS), case.distil(draw, case.run.profile.random_draws)
+    chance = ridge_study.random_accuracies(draws, case.data, teacher)
+    found = Spread.of(ridge_study.record(made, case.data.test)["accuracy"] for made in sets)
+
+    def row(name: str, variant: str, used, made: Sequence[Distilled], accuracy: Spread, **more) -> tables.Row:
+        return case.run.row(
+            method=name,
+            variant=variant,
+            config=settings_digest(used),
+            dataset=case.dataset,
+            ipc=case.ipc,
+            network="ridge-identity",
+            protocol="own-ridge",
+            labels="soft" if made[0].synset.soft else "hard",
+            seeds=f"seed {case.run.seed}: {accuracy.n} sets",
+            accuracy=accuracy,
+            seconds=sum(one.seconds for one in made) / len(made),
+            bytes_images=made[0].synset.bytes_images,
+            bytes_labels=made[0].synset.bytes_labels,
+            **more,
+        )
+
+    return [
+        row("random", "", draw, draws, chance),
+        row("krr", TWO_CORES, settings, sets, found, random=chance),
+    ]
+
+
+def spread(board, method: str, ipc: int, network: str) -> Spread:
+    """The accuracy of a method in the frame of all rows."""
+    at = (board["method"] == method) & (board["ipc"] == ipc) & (board["network"] == network)
+    (found,) = [tables.spread_in(row) for _, row in board[at].iterrows()]
+    return found
+
+
+def one_table(board):
+    """Published and ours in one row: a frame for people, an accuracy per cell; networks of distillation and evaluation named."""
+    import pandas as pd
+
+    lines = {}
+    for _, row in board.iterrows():
+        protocol = row["protocol"]
+        cut = (
+            ""
+            if row["method"] == "random"
+            else recipes(row["method"]).named(row["dataset"], row["ipc"], TWO_CORES)
+        )
+        key = row["method"] if protocol in PROTOCOLS else f"{row['method']} {protocol}"
+        line = lines.setdefault(key, {"method": tables.label(row["method"]), "judged by": protocol})
+        line["distilled with"] = made_with(cut)
+        short = row["network"].removeprefix("convnet-")
+        if protocol in PROTOCOLS:
+            line[f"IPC {row['ipc']}, {short}"] = tables.spread_in(row).text(count=True)
+        else:
+            line[f"IPC {row['ipc']}, own"] = tables.spread_in(row).text(count=True)
+        if pd.notna(row["paper_acc"]):
+            line[f"IPC {row['ipc']}, published"] = f"{row['paper_acc']:.1f}"
+        line[f"seconds, IPC {row['ipc']}"] = f"{row['seconds']:.0f}"
+    return pd.DataFrame(list(lines.values())).fillna("")
+
+
+def stored():
+    """:func:`one_table` as the profile ``overnight`` stored it; empty where it has not run."""
+    import pandas as pd
+
+    path = ROOT / "results" / "overnight" / NOTEBOOK / "benchmark.csv"
+    return pd.read_csv(path, dtype=str).fillna("") if path.is_file() else pd.DataFrame()
+
+
+def made_with(recipe) -> str:
+    """The network of the distillation, as a table names it."""
+    method = getattr(recipe, "method", None)
+    network = getattr(method, "network", None) or getattr(getattr(method, "proxy", None), "network", "")
+    return network.removeprefix("convnet-")
