@@ -136,7 +136,7 @@ class Recipes:
         try:
             return self.named(train.name, ipc, variant)
         except CompanionError:
-            mine = [row for row in self if row.small and row.variant == variant and row.ipc in (None, ipc)]
+            mine = [row for row in self if row.small and row.variant == variant]
             if not train.small or not mine:
                 raise
         nearest = min(mine, key=lambda row: (abs(SIDES[row.data] - train.size), SIDES[row.data]))

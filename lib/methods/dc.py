@@ -228,7 +228,12 @@ _DIGITS = DC(real_batch=64, network="convnet-d2-w32", outer=120)
 _FASHION = DC(real_batch=32, network="convnet-d3-w32", outer=40, lr=1.0)
 _PHOTOS = DC(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5, init="real")
 _NARROW = DC(lr=0.4, real_batch=64, network="convnet-d3-w32")
-FEW = {"outer": 20, "inner": 10, "epochs": 10, "init": "real"}  # at IPC 10, where a network costs ten matching steps
+FEW = {
+    "outer": 20,
+    "inner": 10,
+    "epochs": 10,
+    "init": "real",
+}  # at IPC 10, where a network costs ten matching steps
 CUT = "few of 1000 networks, a quarter of real batch and width: the distance sums over channels, so four times the rate"
 _COMMANDS = "section 3.1 and the published commands"
 RECIPES = Recipes(

@@ -226,7 +226,11 @@ RECIPES = Recipes(
         "own-kernel",
         variant="label solve",
     ),
-    two_cores(KIP(target_batch=2000), protocol="own-kernel", source="the published notebook with 2000 of 5000 targets a step"),
+    two_cores(
+        KIP(target_batch=2000),
+        protocol="own-kernel",
+        source="the published notebook with 2000 of 5000 targets a step",
+    ),
     published("cifar10", 10, KIP(), "own-kernel", _NOTEBOOK),
     published("cifar10", (1, 50), KIP(), "own-kernel", _ASSUMED),
     published("mnist", (1, 10, 50), KIP(), "own-kernel", _ASSUMED),

@@ -199,7 +199,9 @@ def _in_tables(made) -> Recipes:
         small("digits", made(Proxy("convnet-d2-w32"))),
         small("fashion14", made(Proxy("convnet-d3-w32", epochs=1))),  # of ten times as many images
         small("photos16 photos32", made(Proxy("convnet-d3-w32"))),
-        two_cores(made(Proxy("convnet-d3-w32", epochs=2)), source="two of ten epochs, a quarter of the width"),
+        two_cores(
+            made(Proxy("convnet-d3-w32", epochs=2)), source="two of ten epochs, a quarter of the width"
+        ),
         published(sets, (1, 10, 50), made(CONVNET), "dc", TABLES),
         published("tinyimagenet", (1, 10, 50), made(deep), "dc", TABLES),
         published("cifar10", None, made(RESNET), "deepcore", DEEPCORE, variant="deepcore"),
