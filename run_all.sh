@@ -155,7 +155,8 @@ set_up() {
   # An environment whose pip does not start was cut off while it was made.
   if ! "$python" -m pip --version >/dev/null 2>&1; then create_environment; fi
   find_uv
-  step "installing requirements.lock" "$uv" pip install --python "$python" -r requirements.lock
+  # Compiled here, once: where Python may not write bytecode, every start would compile torch anew, ten seconds of a processor.
+  step "installing requirements.lock" "$uv" pip install --python "$python" --compile-bytecode -r requirements.lock
   # compat: a plain path entry, so that a clone never finds another clone's modules through a shared environment
   step "installing the project" "$uv" pip install --python "$python" --no-deps --no-build-isolation --config-setting editable_mode=compat -e "$root"
   wanted_stamp >"$stamp"

@@ -1002,7 +1002,7 @@ def test_set_up_breaks_recovers_and_is_skipped(bare, tmp_path):
     told = (tmp_path / "uv").read_text().splitlines()
     where = "| index https://a.example/simple https://b.example/simple links /w"
     python = root / ".venv/bin/python"
-    assert told[-2] == f"pip install --python {python} -r requirements.lock {where}"
+    assert told[-2] == f"pip install --python {python} --compile-bytecode -r requirements.lock {where}"
     assert told[-1].startswith(f"pip install --python {python} --no-deps") and told[-1].endswith(
         f"-e {root} {where}"
     )
