@@ -436,7 +436,7 @@ def repository(tmp_path, monkeypatch):
     def make(folder) -> str:
         folder.mkdir(exist_ok=True)
         git(folder, "init", "-q")
-        (folder / "file").write_text("x")
+        (folder / "file").write_text(folder.name)  # two of the same second with the same files would be one commit
         git(folder, "add", "file")
         git(folder, "commit", "-qm", "x")
         return git(folder, "rev-parse", "HEAD")

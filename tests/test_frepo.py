@@ -237,8 +237,8 @@ def test_a_state_can_be_put_back_at_any_step(toy, at):
     "change, says",
     [
         ({"networks": 0}, "networks 0; allowed: 1 or more"),
-        ({"online_updates": -1}, "online_updates -1; allowed: 0 or more"),
-        ({"ridge": -1.0}, "ridge -1; allowed: 0 or more"),
+        ({"online_updates": -1}, "FRePo: online_updates -1 is not allowed: it must be finite and at least 0"),
+        ({"ridge": -1.0}, "FRePo: ridge -1.0 is not allowed: it must be finite and at least 0"),
         ({"init": "zeros"}, "unknown init 'zeros'.*allowed: noise, real"),
         ({"depth": 4}, "8-pixel images do not survive 4 poolings; allowed: 16 or more"),
     ],

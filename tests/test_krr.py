@@ -214,7 +214,7 @@ def test_wrong_settings_are_told_in_one_line(digits, options, message):
 
 
 def test_fewer_images_than_classes_and_labels_of_too_low_rank_are_refused(digits):
-    with pytest.raises(CompanionError, match="ipc 1 is larger than the smallest class"):
+    with pytest.raises(CompanionError, match="ipc 1 is not allowed: one of the classes has no image"):
         distil(KRR(), digits.train.subset(list(range(5))), 1)
     repeated = torch.ones(K, 5, dtype=torch.float64)
     with pytest.raises(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+import tqdm.auto
 from helpers import toy_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -168,6 +170,15 @@ def test_settings_are_checked_in_one_line(toy, make, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def heard():
+    """Whoever starts the tests may have the signal ignored, as a shell does for what runs in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_an_interruption_ends_its_step_and_the_same_call_goes_on(toy, monkeypatch, tmp_path):
     """A real signal in the middle of a step, no checkpoint asked for."""
     monkeypatch.setenv("COMPANION_CACHE", str(tmp_path))
@@ -181,18 +192,20 @@ def test_an_interruption_ends_its_step_and_the_same_call_goes_on(toy, monkeypatc
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, state, generator)
 
-    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(DM, "step", pressed)
     with pytest.raises(KeyboardInterrupt, match="the same call goes on from step 13 of 30") as caught:
         distill(SMALL, toy, 2, seed=7)
     assert "\n" not in str(caught.value) and len(list(tmp_path.iterdir())) == 1
     resumed = distill(SMALL, toy, 2, seed=7)
-    assert len(begun) == 30 and signal.getsignal(signal.SIGINT) is before
+    assert len(begun) == 30 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch.equal(resumed.synset.codes, calm.synset.codes) and not list(tmp_path.iterdir())
     assert torch.equal(resumed.history["loss"], calm.history["loss"])
 
 
-def test_the_bar_names_method_and_data_and_shows_the_loss(toy, capsys):
+def test_the_bar_names_method_and_data_and_shows_the_loss(toy, capsys, monkeypatch):
+    monkeypatch.setattr(
+        tqdm.auto.tqdm, "__init__", functools.partialmethod(tqdm.auto.tqdm.__init__, mininterval=0)
+    )  # every step
     distill(SMALL, toy, 1, progress=True)
     shown = capsys.readouterr().err
     assert f"DM on {toy.train.name} IPC 1" in shown and "loss " in shown

@@ -214,8 +214,8 @@ def test_resume_ends_with_the_same_bits(toy, tmp_path, method):
     [
         ({"loss": "huber"}, "unknown loss 'huber'.*allowed: mse, platt"),
         ({"init": "zeros"}, "unknown init 'zeros'.*allowed: noise, real"),
-        ({"ridge": -1.0}, "ridge -1; allowed: 0 or more"),
-        ({"ridge": float("nan")}, "ridge nan; allowed: 0 or more"),
+        ({"ridge": -1.0}, "RFAD: ridge -1.0 is not allowed: it must be finite and at least 0"),
+        ({"ridge": float("nan")}, "RFAD: ridge nan is not allowed: it must be finite and at least 0"),
         ({"corruption": 1.0}, "corruption 1.0; allowed: from 0 to below 1"),
         ({"depth": 4}, "8-pixel images do not survive 4 poolings; allowed: 16 or more"),
         ({"networks": 0}, "networks 0; allowed: 1 or more"),
