@@ -400,11 +400,9 @@ def _mosaic(
     label = 0.1 * max(map(len, left)) + 0.25 if left else 0.1
     tilted = bottom is not None and max(map(len, bottom)) * 7 > wide * scale * 100
     below = 0.45 * bool(bottom) + (0.06 * max(map(len, bottom)) if tilted else 0)
-    size = (canvas.shape[1] * scale + label, canvas.shape[0] * scale + 0.4 * bool(title) + below)
-    written = label + 0.085 * len(title)  # inches that the title takes
-    fig, ax = _axes(width=max(size[0], 2.6, written), height=size[1])
+    size = (canvas.shape[1] * scale + label, canvas.shape[0] * scale + 0.3 * bool(title) + below)
+    fig, ax = _axes(width=max(size[0], 2.6), height=size[1])
     ax.imshow(canvas)
-    ax.set_anchor("W")
     ax.set_title(title)
     ax.spines[:].set_visible(False)
     ax.grid(visible=False)
