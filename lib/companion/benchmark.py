@@ -12,7 +12,6 @@ from dataclasses import replace
 from lib.companion import kernel_study, ridge_study, tables
 from lib.companion.published import quoted
 from lib.companion.study import Case, Result
-from lib.distill import Distilled, settings_digest
 from lib.evaluate import PROTOCOLS
 from lib.evaluate.spread import Spread
 from lib.methods import method, recipes
@@ -70,27 +69,10 @@ def krr_rows(case: Case) -> list[tables.Row]:
     chance = ridge_study.random_accuracies(draws, case.data, teacher)
     found = Spread.of(ridge_study.record(made, case.data.test)["accuracy"] for made in sets)
 
-    def row(name: str, variant: str, used, made: Sequence[Distilled], accuracy: Spread, **more) -> tables.Row:
-        return case.run.row(
-            method=name,
-            variant=variant,
-            config=settings_digest(used),
-            dataset=case.dataset,
-            ipc=case.ipc,
-            network="ridge-identity",
-            protocol="own-ridge",
-            labels="soft" if made[0].synset.soft else "hard",
-            seeds=f"seed {case.run.seed}: {accuracy.n} sets",
-            accuracy=accuracy,
-            seconds=sum(one.seconds for one in made) / len(made),
-            bytes_images=made[0].synset.bytes_images,
-            bytes_labels=made[0].synset.bytes_labels,
-            **more,
-        )
-
+    own = {"network": "ridge-identity", "protocol": "own-ridge"}
     return [
-        row("random", "", draw, draws, chance),
-        row("krr", TWO_CORES, settings, sets, found, random=chance),
+        kernel_study.row(case, draw, "", distilled=draws, accuracy=chance, **own),
+        kernel_study.row(case, settings, TWO_CORES, distilled=sets, accuracy=found, random=chance, **own),
     ]
 
 

@@ -86,8 +86,9 @@ def row(
     *,
     random: Spread | None = None,
     full: Spread | None = None,
+    protocol: str = "own-kernel",
 ) -> tables.Row:
-    """The tidy row of sets judged by their own kernel regression, accuracies in percent.
+    """The tidy row of sets judged by their own regression, with a kernel or as ``protocol`` says, accuracies in percent.
 
     Args:
         method: the settings of the sets; variant: "" for those of the recipe; network: the kernel, as the table names it.
@@ -101,7 +102,7 @@ def row(
         dataset=case.dataset,
         ipc=case.ipc,
         network=network,
-        protocol="own-kernel",
+        protocol=protocol,
         labels="soft" if synset.soft else "hard",
         seeds=f"seed {case.run.seed}: {accuracy.n} sets",
         accuracy=accuracy,
