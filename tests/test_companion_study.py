@@ -13,6 +13,7 @@ from lib.companion.study import Case
 from lib.distill import settings_digest
 from lib.match.features import ClassMean
 from lib.match.style import Gram
+from lib.methods.about import value_text
 from lib.methods.dm import DM
 from lib.system.errors import CompanionError
 
@@ -114,7 +115,7 @@ def test_settings_here_and_in_the_paper(case):
     ],
 )
 def test_settings_are_written_for_a_reader(value, text):
-    assert shown.value_text(value) == text
+    assert value_text(value) == text
 
 
 def test_the_algorithm_is_the_plain_version(case, capsys):

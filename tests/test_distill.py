@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_configuration_names_what_differs(toy, tmp_path)
 def test_a_checkpoint_of_other_code(toy, tmp_path, monkeypatch):
     path = tmp_path / "c"
     interrupted(SMALL, toy.train, path, 15)
-    monkeypatch.setattr(module, "code_digest", lambda *names: "changed")
+    monkeypatch.setattr("lib.distill.method.code_digest", lambda *names: "changed")
     with pytest.raises(CompanionError, match="other code"):
         distill(SMALL, toy.train, 2, 7, checkpoint=path)
 
@@ -436,7 +436,7 @@ def test_the_key_holds_everything(toy, monkeypatch):
         configuration_key(METHOD_DC, toy.train, 2, 7),
     ]
     asked = []
-    monkeypatch.setattr(module, "code_digest", lambda *names: asked.append(names) or "other code")
+    monkeypatch.setattr("lib.distill.method.code_digest", lambda *names: asked.append(names) or "other code")
     others.append(configuration_key(SMALL, toy.train, 2, 7))
     (modules,) = asked
     assert {"lib.methods.dm", "lib.match.features", "lib.nets.supply", "lib.distill"} <= set(modules)
@@ -473,7 +473,7 @@ def test_metrics_may_be_many_and_ensembles_are_restored(toy):
 def test_a_checkpoint_is_never_older_than_asked_for_however_slow_a_step_is(toy, tmp_path, monkeypatch):
     """A clock that a step moves on by two seconds: with an interval of one, every step is kept."""
     clock = [0.0]
-    monkeypatch.setattr("lib.distill.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("lib.distill.loop.time.perf_counter", lambda: clock[0])
     path, kept = tmp_path / "slow.checkpoint", []
 
     def tick(step, *_):

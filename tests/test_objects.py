@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import fields, replace
+from html import escape
 
 import pytest
 import torch
@@ -18,13 +21,16 @@ from lib.data import Data
 from lib.distill import distill
 from lib.evaluate import evaluate, protocol
 from lib.formation.mosaic import Mosaic
-from lib.methods import recipes
+from lib.methods import METHODS, recipes
+from lib.methods import method as method_of
+from lib.methods.about import announcement, card, how_to_ask
 from lib.methods.dc import DC
 from lib.methods.dm import DM
 from lib.methods.rfad import RFAD
 from lib.synset import SyntheticSet, class_major
 from lib.system.cards import rows_of, sheet
 from lib.system.errors import CompanionError
+from lib.system.files import ROOT
 
 SMALL = DM(iterations=30, real_batch=8, network="convnet-d2-w4", augmentation="none")
 
@@ -209,3 +215,55 @@ def test_the_bar_names_method_and_data_and_shows_the_loss(toy, capsys, monkeypat
     distill(SMALL, toy, 1, progress=True)
     shown = capsys.readouterr().err
     assert f"DM on {toy.train.name} IPC 1" in shown and "loss " in shown
+
+
+def test_a_distillation_with_a_bar_says_first_what_it_does(toy, capsys):
+    method = replace(SMALL, iterations=20)
+    for seed in (0, 1):
+        distill(method, toy, 1, seed, progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("Zhao & Bilen 2023") == 1, "once for the sets of all seeds"
+    assert err.startswith(announcement(method, toy.train.name, 1))
+    assert "20 steps with convnet-d2-w4; settings that no recipe has; published settings: recipes(" in err
+    for shown in (False, None):  # None: there is no terminal here
+        distill(replace(SMALL, iterations=21), toy, 1, progress=shown)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_is_about_to_do(name):
+    one = method_of(name)(**METHODS[name].fields)
+    line, shown = announcement(one, "digits", 1), card(one)
+    assert "\n" not in line and line.startswith(METHODS[name].title) and METHODS[name].paper in line
+    assert METHODS[name].title in shown and " step" in shown
+    assert all(f"<td>{field.name}</td>" in shown for field in fields(one))
+    assert "bound method" not in shown and "object at" not in shown
+    if call := how_to_ask(one).partition(": ")[2]:
+        assert escape(call) in shown and call in line
+        assert type(eval(call, {"recipes": recipes})) is type(one)  # as a user would paste it
+
+
+def test_presets_are_recognised():
+    assert "the published settings for cifar10 IPC 10 and" in announcement(DM(), "digits", 1)
+    assert "1 000 steps at IPC 1, 10 000 steps at IPC 10" in card(DC())
+    small = recipes("dm").named("digits").method
+    assert "the small settings for digits" in announcement(small, "digits", 1)
+
+
+def test_ipython_shows_methods_as_cards():
+    """In an interpreter of its own, where the shell is there before the library, as in a notebook."""
+    script = """
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell()
+InteractiveShell._instance = shell
+from lib.methods.dm import DM
+class Mine(DM):
+    pass
+for one in (DM(), Mine()):
+    data, _ = shell.display_formatter.format(one)
+    print(data["text/plain"].startswith(type(one).__name__ + "("), "<table" in data["text/html"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.split() == ["True"] * 4

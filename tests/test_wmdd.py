@@ -255,15 +255,15 @@ def test_killed_and_resumed_is_the_same(toy, tmp_path, method):
         if done == 4:
             raise Killed
 
-    from lib.distill import _Run
+    from lib.distill.loop import Run
 
     file = tmp_path / "run.checkpoint"
-    run = _Run(method, toy.train, 2, 1, _key(method, toy, 1), file, 0.0, [])
+    run = Run(method, toy.train, 2, 1, _key(method, toy, 1), file, 0.0, [])
     with pytest.raises(Killed):
         run.to_the_end(False, kill)
-    run._save(run._core() | {"done": run.done})
+    run.save(run.core() | {"done": run.done})
     run.history = {}
-    resumed = _Run(method, toy.train, 2, 1, _key(method, toy, 1), file, 1e9, [])
+    resumed = Run(method, toy.train, 2, 1, _key(method, toy, 1), file, 1e9, [])
     assert resumed.done == 4 and resumed.state.done == 4
     resumed.to_the_end(False, None)
     assert torch.equal(method.finish(resumed.state).images, whole.synset.images)

@@ -11,6 +11,7 @@ from lib.evaluate import relabel
 from lib.evaluate.protocol import PROTOCOLS, protocol
 from lib.evaluate.regression import OWN, own
 from lib.methods import recipes, title_of
+from lib.methods.about import value_text
 from lib.plain import text
 from lib.recipes import Recipe
 from lib.system.errors import CompanionError
@@ -31,42 +32,6 @@ def algorithm(name: str) -> None:
     """Display the plain version of a method (``lib/plain/<name>.py``) as highlighted Python."""
     source = text(name)
     markdown(f"```python\n{source}\n```", source)
-
-
-def value_text(value: Any) -> str:
-    """A setting as a reader writes it: ``ClassMean + Gram(1e4)``, ``Mosaic(2)``, ``none``.
-
-    Of a value that is a dataclass its name and those fields that are not at their defaults; of one that is a sum of ``parts``
-    these, joined by plus.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = getattr(value, "parts", None)
-        if isinstance(parts, tuple) and len(dataclasses.fields(value)) == 1:
-            return " + ".join(map(value_text, parts))
-        return f"{type(value).__name__}{_changed(value)}"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, float):
-        return (
-            f"{value:.0e}".replace("e+0", "e")
-            if abs(value) >= 1e4 and float(f"{value:.0e}") == value
-            else f"{value:g}"
-        )
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(value_text, value)) or "none"
-    return str(value)
-
-
-def _changed(value: Any) -> str:
-    """``(1e4, k=2)``: the fields that are not at their defaults, the first one without its name; a weight is always said, unless 1."""
-    words = []
-    for number, field in enumerate(dataclasses.fields(value)):
-        mine = getattr(value, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        silent = 1.0 if field.name == "weight" else default
-        if silent is dataclasses.MISSING or mine != silent:
-            words.append(value_text(mine) if number == 0 else f"{field.name}={value_text(mine)}")
-    return f"({', '.join(words)})" if words else ""
 
 
 def paper_recipe(name: str, dataset: str, ipc: int, variant: str = "") -> Recipe:

@@ -1,6 +1,7 @@
 """One file per paper. A method is a frozen dataclass: its fields are the paper's hyper-parameters, its functions
 ``begin``, ``step`` and ``finish`` are the algorithm; ``lib.distill.distill`` owns the loop.
 
+In JupyterLab a method shows itself as a card (``lib.methods.about``); its fields are told by ``DM?``.
 Beside each method stand its ``RECIPES``: the published settings by data set and IPC, and the small ones (``lib.recipes``).
 :data:`METHODS` is where the name of a method comes from: tables, figures, files and commands use it, and nothing else does.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,3 +140,17 @@ def name_of(method: Any) -> str:
 def title_of(name: str) -> str:
     """How figures and tables write the method of that name."""
     return METHODS[name].title if name in METHODS else name
+
+
+def _show_cards() -> None:
+    """Let the IPython that runs us, if any, show a method as its card; a class of somebody else that inherits from one, too."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        from lib.methods import about
+
+        html = shell.display_formatter.formatters["text/html"]
+        for entry in METHODS.values():
+            html.for_type_by_name(entry.module, entry.attribute, about.card)
+
+
+_show_cards()
