@@ -17,14 +17,14 @@ class Protocol:
     """How a network is trained on S. The accuracy is that of the *last* epoch, never the best one.
 
     Attributes:
+        name: of the protocol.
         network: architecture (``lib.nets``), or what makes a ``torch.nn.Module`` from images to logits, such as its class or
             ``lambda: Mine(10)``: then its own initialisation holds, from a seed per network.
         epochs: E as published; ``dc`` schedules train epochs 0..E, that is E + 1 of them.
-        lr, momentum, nesterov, weight_decay, batch: SGD (the set's learned step size replaces lr where it has one and
-            ``learned_lr`` says so).
+        lr, momentum, nesterov, weight_decay, batch: SGD; learned_lr: the set's learned step size, where it has one, replaces lr.
         schedule: ``constant``, ``dc`` (a tenth after half, momentum reset), ``steps`` (IDC), ``cosine`` by epochs,
             ``cosine-steps`` by updates (DeepCore), ``warm-cosine`` (GLaD).
-        augmentation: ``none``, a DSA strategy, or ``data``: the strategy that suits the data set; mode and cutmix as in
+        augmentation: ``none``, a DSA strategy, or ``data``: the strategy that suits the data set; mode, cutmix: as in
             ``lib.nets.training``.
         labels: ``own`` (as stored: hard or soft), or ``hard`` (argmax of soft ones).
         networks: evaluation networks per set; sets: distilled sets, in the paper.

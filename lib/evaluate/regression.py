@@ -40,6 +40,8 @@ class Regression:
     """Settings of RFAD's finite networks; lr, scale and weight decay as tuned for CIFAR-10 at IPC 1 (see :func:`regression`).
 
     Attributes:
+        name: of the evaluation; network: a name of ``lib.nets``; networks: per set.
+        steps, lr: of the training on the whole set at once; momentum: of sgd.
         optimiser: ``sgd`` as RFAD, or ``adam`` as FRePo (which needs fewer steps, and one rate for labels of any length).
         scale: alpha; weight_decay: beta; centred: subtract the initial function.
         labels: ``own`` (hard ones become one-hot minus 1/C), or ``hard`` (arg-max of learned ones first).
@@ -86,13 +88,14 @@ class FeatureRegression:
     """FRePo's and RCIG's evaluation: Adam on (augmented) minibatches, squared error on the set's labels, a mean of the weights.
 
     Attributes:
+        name: of the evaluation; networks: per set; steps, lr: of Adam.
         width, depth: of ``lib.nets.widening.FeatureNet`` without normalisation (128, 256, 512 channels).
         batch: at most so many synthetic images; augmentation: families of ``lib.augment``. The published
             strategy is flip_color_crop_rotate_translate_cutout; here crop is the shift, and every family is applied to every
             image (the published mode is not known to us).
         ema: weight of the past in the mean of the weights that is tested.
         warmup: steps of a linear warm-up, after which a cosine leads to a hundredth of ``lr``; 0: a constant rate.
-        mirrored: append the mirror images to the set.
+        mirrored: append the mirror images to the set; labels: ``own`` or ``hard``, as above.
     """
 
     name: str = "own-frepo"

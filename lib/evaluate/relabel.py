@@ -60,7 +60,9 @@ class FKD:
     """The protocol ``fkd``: views, optimiser and temperature as published for ImageNet-1K and ImageNette.
 
     Attributes:
-        crop: smallest share of the area of a random resized crop; None: no crop (below 64 pixels).
+        name: of the protocol; source: where it is from; network: architecture (``lib.nets``); networks: per set.
+        epochs, batch: of the training; temperature: of the teacher's labels, above 0.
+        crop: smallest share of the area of a random resized crop; None: no crop (below 64 pixels); flip: random mirror images.
         mix: ``cutmix``, ``mixup`` or ``none``; mix_alpha: of its Beta law (MixUp: 0.8).
         order: ``keyed``, or ``published``: that of PyTorch's RandomSampler, whose generator runs on from epoch to epoch.
         seed: of order and views, which are the same for every network.

@@ -22,11 +22,16 @@ CYCLES = (*(tuple(_COLOUR[(k + s) % 3] for k in range(3)) for s in range(3)), ((
 
 @dataclass(frozen=True)
 class ChannelMix:
-    r"""Every stored image as k images whose channels are mixtures of its own, $y_j = A_j x$ at every pixel x in [0, 1]^3."""
+    r"""Every stored image as k images whose channels are mixtures of its own, $y_j = A_j x$ at every pixel x in [0, 1]^3.
 
-    maps: Maps = PLANES  # A, (k, 3, 3)
-    learned: bool = False  # the maps count as stored
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of the normalised space in which codes and images live
+    Attributes:
+        maps: A, ``(k, 3, 3)``; learned: they count as stored.
+        mean, std: of the normalised space in which codes and images live; name: as stored sets have it.
+    """
+
+    maps: Maps = PLANES
+    learned: bool = False
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     name: str = "channel-mix"
 

@@ -31,6 +31,7 @@ class Hallucinators:
         enc_weight: ``(m, mid, in, 3, 3)``; enc_bias: ``(m, mid)``: the convolutions.
         scale, shift: ``(m, mid, h - 2, w - 2)``.
         dec_weight: ``(m, mid, out, 3, 3)``, laid out as PyTorch's transposed convolutions; dec_bias: ``(m, out)``.
+        name: as stored sets have it.
     """
 
     enc_weight: Tensor

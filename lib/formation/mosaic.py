@@ -71,10 +71,15 @@ def mosaics(images: Tensor, mode: str = "bilinear") -> Tensor:
 
 @dataclass(frozen=True)
 class Mosaic:
-    """A formation (see ``lib.formation``): every stored image is trained on as the f^2 cells of its mosaic, each enlarged."""
+    """A formation (see ``lib.formation``): every stored image is trained on as the f^2 cells of its mosaic, each enlarged.
+
+    Attributes:
+        factor: f, a divisor of both sides; packing: how real images are reduced to cells at the start, "bilinear", or "nearest" as M3D.
+        name: as stored sets have it.
+    """
 
     factor: int = 2
-    packing: str = "bilinear"  # how real images are reduced to cells at the start; "nearest" as M3D
+    packing: str = "bilinear"
     name: str = "mosaic"
     extra_bytes: ClassVar[int] = 0
     learned: ClassVar[bool] = False

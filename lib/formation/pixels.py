@@ -12,7 +12,11 @@ from lib.data.whitening import Transform
 
 @dataclass(frozen=True)
 class Pixels:
-    """The plainest parameterisation: what is stored is what is trained on."""
+    """The plainest parameterisation: what is stored is what is trained on.
+
+    Attributes:
+        name: as stored sets have it.
+    """
 
     name: str = "pixels"
     multiplicity: ClassVar[int] = 1

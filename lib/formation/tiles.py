@@ -24,13 +24,18 @@ class MultiFormation:
 
     Formation $fi+j$ is the tile in row i and column j. As IDM's ``Mosaic``, but rows first; and a side that f does not divide
     may be padded at its end.
+
+    Attributes:
+        factor: f, at most the side; kind: "single"; "multi": at every factor from 1 to f, one after the other.
+        pad: fill up a side that the factor does not divide; colour: of the padding, one number for all channels or one for each.
+        shifts: DCEP: formation j takes channel c from tile (j + shifts[c]) mod f^2; name: as stored sets have it.
     """
 
     factor: int = 2
-    kind: str = "single"  # "multi": at every factor from 1 to f, one after the other
-    pad: bool = False  # fill up a side that the factor does not divide
-    colour: tuple[float, ...] = (0.5,)  # of the padding; one number for all channels or one for each
-    shifts: tuple[int, ...] = ()  # DCEP: formation j takes channel c from tile (j + shifts[c]) mod f^2
+    kind: str = "single"
+    pad: bool = False
+    colour: tuple[float, ...] = (0.5,)
+    shifts: tuple[int, ...] = ()
     name: str = "multi-formation"
 
     def __post_init__(self):

@@ -81,14 +81,20 @@ class Attention(Distance):
 
     The weight 100 is the released code's; it is absent in the paper, where it would be in the learning rate. Paper and code differ
     in p: the paper's table says 4, the released script 1.
+
+    Attributes:
+        weight: w, 0 or more; p: exponent of a map, above 0.
+        layers: ReLUs that are matched, from 1; None: all but the last.
+        pooling: over channels, "sum" or "max"; normalisation: of every image's map, "l2", "l1", "frobenius" or "none"; distance: of the
+            class means, "mse", "mae" or "angle".
     """
 
     weight: float = 100.0
     p: float = 4.0
-    layers: tuple[int, ...] | None = None  # ReLUs that are matched, from 1; default all but the last
-    pooling: str = "sum"  # over channels; "max"
-    normalisation: str = "l2"  # of every image's map; l1 | frobenius | none
-    distance: str = "mse"  # of the class means; mae | angle
+    layers: tuple[int, ...] | None = None
+    pooling: str = "sum"
+    normalisation: str = "l2"
+    distance: str = "mse"
 
     def __post_init__(self):
         choose("attention pooling", self.pooling, POOLINGS)

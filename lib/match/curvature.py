@@ -106,7 +106,7 @@ class CurvatureGap(OutputGap):
 
     Attributes:
         rho: radius of the ball, at least 0; kind: the form of $\mathcal C$: ``gradvar``, which is constant for one image per
-            class, ``diag`` or ``eig``, with ``power_steps`` power iterations from a random start.
+            class, ``diag`` or ``eig``; power_steps: of eig, power iterations from a random start.
     """
 
     rho: float = 0.1

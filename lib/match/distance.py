@@ -134,7 +134,11 @@ def check_weight(distance: Distance) -> None:
 
 @dataclass(frozen=True)
 class Sum(Distance):
-    """Several distances of one look. What a part observes is prefixed with its number; terms of one name are added."""
+    """Several distances of one look. What a part observes is prefixed with its number; terms of one name are added.
+
+    Attributes:
+        parts: the distances.
+    """
 
     parts: tuple[Distance, ...]
 

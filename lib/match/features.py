@@ -50,7 +50,11 @@ def class_aware(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ClassMean(Distance):
-    r"""DM's distance: $w\,\lVert\bar\psi^T_c-\bar\psi^S_c\rVert_2^2$ (:func:`class_mean`); term ``mean``."""
+    r"""DM's distance: $w\,\lVert\bar\psi^T_c-\bar\psi^S_c\rVert_2^2$ (:func:`class_mean`); term ``mean``.
+
+    Attributes:
+        weight: w, 0 or more.
+    """
 
     weight: float = 1.0
 
@@ -67,9 +71,12 @@ class LayerMeans(Distance):
 
     Terms ``relu1``, ``relu2``, ..., ``pool``. Published for depth 3. The last ReLU and the pooling keep their weights at every
     depth: a shallower network drops weights from the front, a deeper one repeats the first.
+
+    Attributes:
+        weights: of ReLU 1, 2, 3 and of the last pooling, two or more, 0 or more each; 0 leaves a layer out.
     """
 
-    weights: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)  # ReLU 1, 2, 3, last pooling; 0 leaves a layer out
+    weights: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)
 
     def __post_init__(self):
         if len(self.weights) < 2 or not all(0 <= weight < float("inf") for weight in self.weights):
@@ -110,10 +117,13 @@ class Discrimination(Distance):
     r"""CAFE's $-\beta\sum_i\log\operatorname{softmax}(\langle\psi(x_i),\bar\psi(s_k)\rangle_k)_{y_i}$; term ``discrimination``.
 
     Paper and code: the code *sums* over the real batch (with weight 0.01), the paper writes the *mean*.
+
+    Attributes:
+        weight: $\beta$, 0 or more; reduction: "sum"; "mean": over the real images of all classes.
     """
 
     weight: float = 0.01
-    reduction: str = "sum"  # "mean": over the real images of all classes
+    reduction: str = "sum"
 
     def __post_init__(self):
         choose("discrimination", self.reduction, dict.fromkeys(REDUCTIONS))
@@ -132,6 +142,9 @@ class ClassAware(Distance):
 
     $a_\theta$ is the network's training accuracy in **percent** (0 to 100), as in the published code: at full accuracy
     0.5 weighs the cross-entropy 50 times.
+
+    Attributes:
+        weight: $\lambda$, 0 or more.
     """
 
     weight: float = 0.5

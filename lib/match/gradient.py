@@ -70,7 +70,11 @@ class Gap(ABC):
 
 @dataclass(frozen=True)
 class Total(Gap):
-    """A sum of gaps."""
+    """A sum of gaps.
+
+    Attributes:
+        parts: the gaps.
+    """
 
     parts: tuple[Gap, ...] = ()
 
@@ -249,7 +253,11 @@ class OutputGap(Gap):
 
 @dataclass(frozen=True)
 class FeatureMean(OutputGap):
-    r"""$w\,\lVert\bar\phi(\mathcal T_c)-\bar\phi(\mathcal S_c)\rVert_2^2$ of the embeddings: the term of DREAM+ (arXiv 2310.15052)."""
+    r"""$w\,\lVert\bar\phi(\mathcal T_c)-\bar\phi(\mathcal S_c)\rVert_2^2$ of the embeddings: the term of DREAM+ (arXiv 2310.15052).
+
+    Attributes:
+        weight: w, 0 or more.
+    """
 
     weight: float = 1.0
 

@@ -161,10 +161,15 @@ def witness(points: Tensor, real: Tensor, syn: Tensor, kernel: Kernel, bandwidth
 
 @dataclass(frozen=True)
 class MMD(Distance):
-    r"""M3D's $w\,\mathrm{MMD}^2_c$ (:func:`mmd`, biased); term ``mmd``. With the linear kernel it is DM's distance, term ``mean``."""
+    r"""M3D's $w\,\mathrm{MMD}^2_c$ (:func:`mmd`, biased); term ``mmd``. With the linear kernel it is DM's distance, term ``mean``.
 
-    kernel: str = "gaussian"  # of KERNELS
-    bandwidth: float | str = "adaptive"  # the rule of BANDWIDTHS, or a positive number
+    Attributes:
+        kernel: one of :data:`KERNELS`; bandwidth: "adaptive", the rule of :data:`BANDWIDTHS`, or a positive number.
+        weight: w, 0 or more.
+    """
+
+    kernel: str = "gaussian"
+    bandwidth: float | str = "adaptive"
     weight: float = 1.0
 
     def __post_init__(self):

@@ -28,10 +28,15 @@ from lib.system.errors import CompanionError, positive, whole
 
 @dataclass(frozen=True)
 class Points(Distance):
-    """The base: which points are compared."""
+    """The base: which points are compared.
 
-    pool: int = 0  # average the last map to pool x pool positions first (far fewer dimensions); 0: as it is
-    project: int = 0  # random directions that the embeddings are projected on, new at every step; 0: none
+    Attributes:
+        pool: average the last map to pool x pool positions first (far fewer dimensions); 0: as it is.
+        project: random directions that the embeddings are projected on, new at every step; 0: none.
+    """
+
+    pool: int = 0
+    project: int = 0
 
     def __post_init__(self):
         whole(self, pool=0, project=0)
@@ -70,7 +75,11 @@ class Points(Distance):
 
 @dataclass(frozen=True)
 class Wasserstein(Points):
-    r"""$W_p^p=\min_\gamma\mathbb E_\gamma\lVert X-Y\rVert^p$, exact; terms ``w1``, ``w2``."""
+    r"""$W_p^p=\min_\gamma\mathbb E_\gamma\lVert X-Y\rVert^p$, exact; terms ``w1``, ``w2``. The other fields are Points'.
+
+    Attributes:
+        p: 1 or 2.
+    """
 
     p: int = 2
 
@@ -85,10 +94,16 @@ class Wasserstein(Points):
 
 @dataclass(frozen=True)
 class Sinkhorn(Points):
-    r"""$S_\varepsilon$; term ``sinkhorn``. The largest marginal error is in the history at every step, and told once if it is large."""
+    r"""$S_\varepsilon$; term ``sinkhorn``. The largest marginal error is in the history at every step, and told once if it is large.
 
-    epsilon: float = 0.05  # times the median cost of the class's batch
-    sweeps: int = 500  # at most; it stops once the marginals agree
+    The other fields are Points'.
+
+    Attributes:
+        epsilon: times the median cost of the class's batch, above 0; sweeps: at most so many; it stops once the marginals agree.
+    """
+
+    epsilon: float = 0.05
+    sweeps: int = 500
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,9 +145,15 @@ class Told:
 
 @dataclass(frozen=True)
 class Sliced(Points):
-    r"""$d\,SW_2^2$; term ``sliced``. The factor d lets a shift of the mean count as in DM: $\mathbb E_u\langle u,v\rangle^2=|v|^2/d$."""
+    r"""$d\,SW_2^2$; term ``sliced``. The factor d lets a shift of the mean count as in DM: $\mathbb E_u\langle u,v\rangle^2=|v|^2/d$.
 
-    projections: int = 128  # directions, shared by the classes, new at every step
+    The other fields are Points'.
+
+    Attributes:
+        projections: directions, shared by the classes, new at every step; 1 or more.
+    """
+
+    projections: int = 128
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,15 +171,21 @@ class Sliced(Points):
 class Critic(Distance):
     r"""$W_1=\max_{\lVert\theta\rVert_{Lip}\le1}\mathbb E_T\theta-\mathbb E_S\theta$ with one learned $\theta_c$ per class (Gulrajani et al.
     2017); term ``critic``, and ``gradient_penalty`` in the history. The critics see pixels, because a new $\psi$ at every step
-    changes the space of embeddings."""
+    changes the space of embeddings.
+
+    Attributes:
+        network: a name of ``lib.nets``, without batch norm, which would mix the samples; lr: of Adam, betas 0 and 0.9.
+        steps: per step of the images, on that step's real batch; first: (50, 20): 20 in the first 50 steps of the images.
+        penalty: of the critic's gradient norm, above 0.
+    """
 
     looks: ClassVar[bool] = False
 
-    network: str = "convnet-d2-w32-none-leaky"  # no batch norm, which would mix the samples
-    lr: float = 1e-4  # Adam, betas 0 and 0.9
-    steps: int = 5  # per step of the images, on that step's real batch
-    first: tuple[int, int] = (50, 20)  # in the first 50 steps of the images: 20
-    penalty: float = 10.0  # of the critic's gradient norm
+    network: str = "convnet-d2-w32-none-leaky"
+    lr: float = 1e-4
+    steps: int = 5
+    first: tuple[int, int] = (50, 20)
+    penalty: float = 10.0
 
     def __post_init__(self):
         positive(self, "lr", "penalty")

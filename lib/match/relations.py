@@ -56,7 +56,11 @@ class _Relation(Distance):
 
 @dataclass(frozen=True)
 class Intra(_Relation):
-    r"""$w\,\mathcal R_{intra}$, to be added to another distance, as ``ClassMean() + Intra()``; term ``intra``."""
+    r"""$w\,\mathcal R_{intra}$, to be added to another distance, as ``ClassMean() + Intra()``; term ``intra``.
+
+    Attributes:
+        weight: w, 0 or more; margin: cosines up to this count for nothing.
+    """
 
     def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
         return {"intra": self.shared(intra, real["embedding"], syn["embedding"])}
@@ -64,7 +68,11 @@ class Intra(_Relation):
 
 @dataclass(frozen=True)
 class Inter(_Relation):
-    r"""$w\,\mathcal R_{inter}$; term ``inter``."""
+    r"""$w\,\mathcal R_{inter}$; term ``inter``.
+
+    Attributes:
+        weight: w, 0 or more; margin: cosines up to this count for nothing.
+    """
 
     def terms(self, real: dict[str, Tensor], syn: dict[str, Tensor], at: At) -> dict[str, Tensor]:
         return {"inter": self.shared(inter, real["embedding"], syn["embedding"])}

@@ -156,8 +156,8 @@ class _OfMaps(Distance):
     """A distance of a statistic of every block's map, averaged over the blocks."""
 
     weight: float = 1e4
-    tap: str = "act"  # conv | norm | act | pool of every block
-    legacy: bool = False  # the published accumulator's weights of the classes (:func:`accumulation_weights`)
+    tap: str = "act"
+    legacy: bool = False
 
     def __post_init__(self):
         choose("tap", self.tap, dict.fromkeys(TAPS))
@@ -185,7 +185,12 @@ class _OfMaps(Distance):
 
 @dataclass(frozen=True)
 class Gram(_OfMaps):
-    r"""DDM's correlation matching, $\lambda\frac1L\sum_l\lVert\bar G^T_{l,c}-\bar G^S_{l,c}\rVert_F^2$; term ``gram``."""
+    r"""DDM's correlation matching, $\lambda\frac1L\sum_l\lVert\bar G^T_{l,c}-\bar G^S_{l,c}\rVert_F^2$; term ``gram``.
+
+    Attributes:
+        weight: $\lambda$, 0 or more; tap: "conv", "norm", "act" or "pool" of every block.
+        legacy: the published accumulator's weights of the classes (:func:`accumulation_weights`).
+    """
 
     def statistic(self, maps: Tensor) -> Tensor:
         return mean_gram(maps).unsqueeze(1)  # (C, 1, K, K)
@@ -199,7 +204,9 @@ class Gram(_OfMaps):
 class Moments(_OfMaps):
     r"""DDM's moments matching, $\lambda\alpha\frac1L\sum_l d^{MM}_{l,c}$ on the mean map; term ``moments``.
 
-    ``per_image``: the authors' later form, moments of every image relative to the real ones; published with weight 180 at "conv".
+    Attributes:
+        per_image: the authors' later form, moments of every image relative to the real ones; published with weight 180 at "conv".
+        weight: $\lambda\alpha$, 0 or more; tap, legacy: as those of ``Gram``.
     """
 
     per_image: bool = False
@@ -214,7 +221,11 @@ class Moments(_OfMaps):
 
 @dataclass(frozen=True)
 class StyleSpread(_OfMaps):
-    """The spread over images of every image's moments (the authors' later code); term ``spread``, none at one image per class."""
+    """The spread over images of every image's moments (the authors' later code); term ``spread``, none at one image per class.
+
+    Attributes:
+        weight: 0 or more; tap, legacy: as those of ``Gram``.
+    """
 
     def check(self, network: nn.Module, ipc: int) -> None:
         super().check(network, ipc)
@@ -234,11 +245,13 @@ class Diversity(Distance):
     r"""DDM's $\beta\,\mathcal L_{ICD,c}$: minus the divergence of every synthetic embedding from the mean of its k nearest
     neighbours of the same class; term ``diversity``, none at one image per class. Unbounded below.
 
-    ``principal``: the authors' later, bounded form, the spread along the principal axes of the real class.
+    Attributes:
+        weight: $\beta$, 0 or more; k: neighbours, below the IPC; None: a fifth of the images per class (published script: 2).
+        principal: the authors' later, bounded form, the spread along the principal axes of the real class.
     """
 
     weight: float = 10.0
-    k: int | None = None  # default a fifth of the images per class; published script: 2
+    k: int | None = None
     principal: bool = False
 
     def __post_init__(self):

@@ -49,20 +49,33 @@ class State(dm.State):
 
 @dataclass(frozen=True)
 class CAFE(dm.DM):
-    """Hyper-parameters of the published script (CIFAR-10; it has no others). CAFE+DSA: ``augmentation="data"``."""
+    r"""Hyper-parameters of the published script (CIFAR-10; it has no others). CAFE+DSA: ``augmentation="data"``.
 
-    iterations: int = 2000  # networks
+    The other fields are DM's.
+
+    Attributes:
+        iterations: networks; max_outer: image updates per network, max_inner: epochs on S between two of them, both 1 or more and ours.
+        distance: the published sum, in which the embedding counts $w_L+1$ times.
+        query: real training images per class whose accuracy tells when a loop ends.
+        schedule: "dynamic", by queries; "fixed": max_outer updates, max_inner epochs between two of them, no queries.
+        window: query accuracies that are compared, 1 or more; saturated: $\lambda_1$: the outer loop ends below this range of them;
+            moved: $\lambda_2$: the inner loop ends above it.
+        legacy: as the published code, which adds to each accuracy the one before, divided by the number of queries.
+        lr_network, network_batch: of the training of networks on S.
+    """
+
+    iterations: int = 2000
     lr: float = 0.1
     init: str = "noise"
     augmentation: str = "none"
-    distance: Distance = ClassMean() + LayerMeans() + Discrimination()  # the embedding counts w_L + 1 times
-    schedule: str = "dynamic"  # "fixed": max_outer updates, max_inner epochs between two of them, no queries
-    window: int = 10  # query accuracies that are compared
-    saturated: float = 0.04  # lambda_1: the outer loop ends below this range
-    moved: float = 0.03  # lambda_2: the inner loop ends above this range
-    max_outer: int = 50  # image updates per network; ours
-    max_inner: int = 50  # epochs on S between two of them; ours
-    query: int = 128  # real training images per class
+    distance: Distance = ClassMean() + LayerMeans() + Discrimination()
+    schedule: str = "dynamic"
+    window: int = 10
+    saturated: float = 0.04
+    moved: float = 0.03
+    max_outer: int = 50
+    max_inner: int = 50
+    query: int = 128
     legacy: bool = False
     lr_network: float = 0.01
     network_batch: int = 256

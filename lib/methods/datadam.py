@@ -30,9 +30,14 @@ def attention_and_mean(p: float = 4.0, lam: float = 0.01, scale: float = 100.0) 
 
 @dataclass(frozen=True)
 class DataDAM(DM):
-    """Hyper-parameters of the paper's table."""
+    """Hyper-parameters of the paper's table. The other fields are DM's.
 
-    iterations: int = 8000  # code: 20 000
+    Attributes:
+        iterations: updates of the images (the released code has 20 000); real_batch: real images per class and step.
+        distance: attention of all layers but the last, and the class mean.
+    """
+
+    iterations: int = 8000
     real_batch: int = 64
     distance: Distance = attention_and_mean()
 

@@ -52,28 +52,47 @@ class State:
 
 @dataclass(frozen=True)
 class DC:
-    """Hyper-parameters of the paper's section 3.1 and of the published commands."""
+    """Hyper-parameters of the paper's section 3.1 and of the published commands.
 
-    outer: int = 1000  # networks, K
-    inner: int | None = None  # matching steps per network, T; None: by IPC
-    epochs: int | None = None  # network epochs between two matching steps; None: by IPC
-    lr: float = 0.1  # of the pixels; 0.01 when matching with an MLP
+    Attributes:
+        outer: networks, K; inner: matching steps per network, T; epochs: of network training between two of them; 1 or more, None: by IPC
+            (:data:`LOOPS`).
+        lr, momentum: of SGD on the pixels (published: 0.01 when matching with an MLP); lr_network, network_batch: of the network's
+            training.
+        real_batch: real images per class and step, 1 or more; the smallest class where it has fewer.
+        network: a name of ``lib.nets``.
+        init: where stored images start: "noise", "real", or "mix", several real images packed into each.
+        distance: what is compared, a value or a sum of values of ``lib.match.gradient``.
+        augmentation: "none"; "data": the data set's DSA strategy; or families joined by ``_`` (``lib.augment``); mode: how they combine,
+            "single" as DSA, "multiple" or "idc"; siamese: real and synthetic images share it.
+        mixed: real gradients in bfloat16.
+        formation: what a stored image is trained on as (``lib.formation``); sampler: which real images a step looks at
+            (``lib.select.sampler``).
+        most: at most so many decoded images of a class are compared, drawn anew each step; None: all.
+        space: of the stored pixels, "normalised", or "unit": [0, 1], clamped whenever a network begins, and at the end.
+        sequential: a joint step that equals one step per class in turn (``lib.optim.sequential``).
+    """
+
+    outer: int = 1000
+    inner: int | None = None
+    epochs: int | None = None
+    lr: float = 0.1
     momentum: float = 0.5
     lr_network: float = 0.01
-    real_batch: int = 256  # per class; the smallest class where it has fewer
+    real_batch: int = 256
     network_batch: int = 256
     network: str = "convnet-d3-w128"
     init: str = "noise"
-    distance: Gap = RowCosine()  # what is compared (lib.match.gradient)
+    distance: Gap = RowCosine()
     augmentation: str = "none"
-    siamese: bool = True  # share the augmentation between real and synthetic images
-    mixed: bool = False  # real gradients in bfloat16
-    mode: str = "single"  # how augmentation families combine, as DSA; or "idc", "multiple" (lib.augment)
-    formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
-    sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
-    most: int | None = None  # at most so many decoded images of a class are compared, drawn anew each step
-    space: str = "normalised"  # of the stored pixels; "unit": [0, 1], clamped whenever a network begins, and at the end
-    sequential: bool = False  # a joint step that equals one step per class in turn (lib.optim.sequential)
+    siamese: bool = True
+    mixed: bool = False
+    mode: str = "single"
+    formation: Any = Pixels()
+    sampler: Any = RandomBatches()
+    most: int | None = None
+    space: str = "normalised"
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.distance, Gap):

@@ -40,13 +40,18 @@ class State(dc.State):
 
 @dataclass(frozen=True)
 class DCC(DC):
-    """Hyper-parameters of DC, with the published changes."""
+    """Hyper-parameters of DC, with the published changes. The other fields are DC's.
+
+    Attributes:
+        distance: of matching; warm: of the warm-up, with the same terms.
+        warm_outer, warm_inner: networks k < warm_outer are matched by ``warm`` in their steps t < warm_inner; 0 or more.
+    """
 
     init: str = "real"
     distance: Gap = Contrastive(RowCosine())
-    warm: Gap = RowCosine()  # the distance of the warm-up
-    warm_outer: int = 250  # networks k < warm_outer are matched by it ...
-    warm_inner: int = 10  # ... in their steps t < warm_inner
+    warm: Gap = RowCosine()
+    warm_outer: int = 250
+    warm_inner: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()

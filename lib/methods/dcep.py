@@ -45,7 +45,11 @@ class State(idc.State):
 
 @dataclass(frozen=True)
 class DCEP(IDC):
-    """Hyper-parameters of IDC, and of learned mixtures."""
+    """Hyper-parameters of IDC, and of learned mixtures. The other fields are IDC's.
+
+    Attributes:
+        formation: one of :data:`FORMATIONS`; lr_maps: learning rate of its channel maps, where it has some.
+    """
 
     formation: Any = FORMATIONS["pack"]
     lr_maps: float = 1e-3

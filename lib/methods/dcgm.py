@@ -49,24 +49,35 @@ class State:
 
 @dataclass(frozen=True)
 class DCGM:
-    """Our choices: no settings are known."""
+    r"""Our choices: no settings are known.
+
+    Attributes:
+        prior: how the generator is trained (``lib.nets.generators``).
+        iterations: updates, 0 or more; lr: of the codes; lr_generator: of the generator (1e-5 for large pretrained ones);
+            learn_generator: whether it moves.
+        intra, inter: $\lambda_a$ and $\lambda_e$, weights of the relations within and between classes, 0 or more; margin_intra,
+            margin_inter: cosines up to these count for nothing.
+        centred: relations around the mean real feature; False: around 0, where all cosines are near 0.9.
+        start: of the codes: "normal"; "encoder": those of random real images.
+        real_batch: real images per class and step, 1 or more; the smallest class where it has fewer.
+        network: a name of ``lib.nets``; networks: which of them a step looks at (``lib.nets.supply``).
+        augmentation, mode: as DM's.
+    """
 
     prior: Prior = LayeredVAE()
     iterations: int = 5000
-    lr: float = 0.02  # of the codes
-    lr_generator: float = 5e-4  # 1e-5 for large pretrained ones
+    lr: float = 0.02
+    lr_generator: float = 5e-4
     learn_generator: bool = True
-    intra: float = 1.0  # lambda_a
-    inter: float = 1.0  # lambda_e
+    intra: float = 1.0
+    inter: float = 1.0
     margin_intra: float = 0.0
     margin_inter: float = 0.0
-    centred: bool = (
-        True  # relations around the mean real feature; False: around 0, where all cosines are near 0.9
-    )
-    start: str = "normal"  # of the codes; "encoder": those of random real images
-    real_batch: int = 256  # per class; the smallest class where it has fewer
+    centred: bool = True
+    start: str = "normal"
+    real_batch: int = 256
     network: str = "convnet-d3-w128"
-    networks: Any = Fresh()  # which network a step looks at (lib.nets.supply)
+    networks: Any = Fresh()
     augmentation: str = "data"
     mode: str = "single"
 

@@ -52,22 +52,33 @@ class State:
 
 @dataclass(frozen=True)
 class DD:
-    """Hyper-parameters of the published code; the defaults are those of MNIST with random initialisation."""
+    r"""Hyper-parameters of the published code; the defaults are those of MNIST with random initialisation.
 
-    iterations: int = 23_600  # 400 epochs of 59 batches
-    steps: int = 10  # T
-    epochs: int = 3  # E
-    rate: float = 0.02  # eta at the start
-    lr: float = 0.01  # of images and raw rates (Adam, betas 0.5 and 0.999)
-    decay_every: int = 2360  # iterations: 40 epochs
+    Attributes:
+        iterations: updates, 0 or more (default: 400 epochs of 59 batches); steps: T of a pass; epochs: E, passes of a training.
+        rate: $\eta$ at the start; lr: of images and raw rates (Adam, betas 0.5 and 0.999); decay: its factor; decay_every: iterations
+            between two decays (default: 40 epochs).
+        real_batch: real images of all classes in an iteration.
+        networks: trained side by side in an iteration; network: a name of ``lib.nets``; start: where they begin (``lib.nets.starts``).
+        init: where images start: "noise" or "real".
+        gradient: through the training: "bptt"; "recompute": exact, with the memory of one step; "tesla" drops a part.
+        attack: (attacked class, what it shall be taken for), None: none.
+    """
+
+    iterations: int = 23_600
+    steps: int = 10
+    epochs: int = 3
+    rate: float = 0.02
+    lr: float = 0.01
+    decay_every: int = 2360
     decay: float = 0.5
     real_batch: int = 1024
-    networks: int = 1  # trained side by side in an iteration
+    networks: int = 1
     network: str = "lenet"
-    start: Any = Random()  # where they begin (lib.nets.starts)
+    start: Any = Random()
     init: str = "noise"
-    gradient: str = "bptt"  # "recompute": exact, with the memory of one step; "tesla" drops a part
-    attack: tuple[int, int] | None = None  # (attacked class, what it shall be taken for)
+    gradient: str = "bptt"
+    attack: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         choose("mode of unrolling", self.gradient, MODES)

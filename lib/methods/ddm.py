@@ -29,7 +29,11 @@ from lib.recipes import Recipes, published, small
 
 @dataclass(frozen=True)
 class DDM(DM):
-    """The full method, with the weights of the published single-term scripts."""
+    """The full method, with the weights of the published single-term scripts. The fields are DM's.
+
+    Attributes:
+        distance: the class mean and three terms of ``lib.match.style``.
+    """
 
     distance: Distance = ClassMean() + Gram(1e4, legacy=True) + Moments(1e4, legacy=True) + Diversity(10.0)
 

@@ -86,19 +86,29 @@ class State:
 
 @dataclass(frozen=True)
 class DiM:
-    """Hyper-parameters of the published command; section 4.1."""
+    r"""Hyper-parameters of the published command; section 4.1.
+
+    Attributes:
+        prior: how generator and critic are trained in the first stage.
+        iterations: steps of the second, 0 or more (default: 100 epochs of CIFAR-10); lr: of both networks; batch: images, 2 or more.
+        match: what is matched: "logit", "feat" or "grad"; gap: d, the distance of features and gradients, "l1", ...; weight: of the
+            matching, 0 or more (published for features and gradients: 0.001).
+        pool: names of ``lib.nets`` that $\phi$ is drawn from; network_steps: of its training before every step; renew_every: steps
+            between two draws, None: an epoch.
+        augmentation: families combined as IDC does; one draw for the whole batch.
+    """
 
     prior: ACGAN = ACGAN()
-    iterations: int = 100 * (50_000 // 64)  # 100 epochs of CIFAR-10
-    lr: float = 5e-6  # of both networks
+    iterations: int = 100 * (50_000 // 64)
+    lr: float = 5e-6
     batch: int = 64
     match: str = "logit"
-    gap: str = "l1"  # d, of features and gradients
-    weight: float = 0.01  # of the matching; published for features and gradients: 0.001
+    gap: str = "l1"
+    weight: float = 0.01
     pool: tuple[str, ...] = ("convnet-d3-w128", "resnet18-w32-batch", "resnet18ap-w32-batch")
-    network_steps: int = 16  # of phi, before every step
-    renew_every: int | None = None  # steps between two draws of phi; None: an epoch
-    augmentation: str = "color_crop_cutout"  # IDC's way of combining; one draw for the whole batch
+    network_steps: int = 16
+    renew_every: int | None = None
+    augmentation: str = "color_crop_cutout"
 
     def __post_init__(self) -> None:
         choose("kind of matching", self.match, dict.fromkeys(MATCHED))

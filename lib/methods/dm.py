@@ -54,24 +54,41 @@ class State:
 
 @dataclass(frozen=True)
 class DM:
-    """Hyper-parameters of section 4.1 and of the published commands."""
+    """Hyper-parameters of section 4.1 and of the published commands.
+
+    Attributes:
+        iterations: updates of the images, 0 or more; lr, momentum: of SGD on the pixels, lr above 0 (published: 10 from IPC 100 on,
+            CIFAR-10).
+        real_batch: real images per class and step, 1 or more; the smallest class where it has fewer.
+        network: a name of ``lib.nets``; networks: which of them a step looks at (``lib.nets.supply``).
+        init: where stored images start: "real", "noise", or "mix", several real images packed into each.
+        augmentation: "data": the data set's DSA strategy; "none"; or families joined by ``_`` (``lib.augment``); mode: how they combine,
+            "single" as DSA, "multiple" or "idc".
+        mixed: real images in bfloat16.
+        distance: what is compared, a value or a sum of values of ``lib.match``.
+        formation: what a stored image is trained on as (``lib.formation``); sampler: which real images a step looks at
+            (``lib.select.sampler``).
+        most: at most so many decoded images of a class are compared, drawn anew each step; None: all.
+        space: of the stored pixels, "normalised", or "unit": [0, 1], clamped before every step.
+        sequential: a joint step that equals one step per class in turn (``lib.optim.sequential``).
+    """
 
     iterations: int = 20_000
-    lr: float = 1.0  # of the pixels; 10 from IPC 100 on (CIFAR-10)
+    lr: float = 1.0
     momentum: float = 0.5
-    real_batch: int = 256  # per class; the smallest class where it has fewer
+    real_batch: int = 256
     network: str = "convnet-d3-w128"
     init: str = "real"
-    augmentation: str = "data"  # "data": the data set's DSA strategy; "none"
-    mixed: bool = False  # real images in bfloat16
-    mode: str = "single"  # how augmentation families combine, as DSA; or "idc", "multiple" (lib.augment)
-    distance: Distance = ClassMean()  # what is compared (lib.match.distance)
-    networks: Any = Fresh()  # which network a step looks at (lib.nets.supply)
-    formation: Any = Pixels()  # what a stored image is trained on as (lib.formation)
-    sampler: Any = RandomBatches()  # which real images a step looks at (lib.select.sampler)
-    most: int | None = None  # at most so many decoded images of a class are compared, drawn anew each step
-    space: str = "normalised"  # of the stored pixels; "unit": [0, 1], clamped before every step
-    sequential: bool = False  # a joint step that equals one step per class in turn (lib.optim.sequential)
+    augmentation: str = "data"
+    mixed: bool = False
+    mode: str = "single"
+    distance: Distance = ClassMean()
+    networks: Any = Fresh()
+    formation: Any = Pixels()
+    sampler: Any = RandomBatches()
+    most: int | None = None
+    space: str = "normalised"
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         choose("pixel space", self.space, dict.fromkeys(SPACES))

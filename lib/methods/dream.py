@@ -73,19 +73,28 @@ class RepresentativeStart:
 
 @dataclass(frozen=True)
 class DreamDC(RepresentativeStart, DC):
-    """DC with representative matching."""
+    """DC with representative matching. The other fields are DC's.
 
-    init: str = "k-means"  # or DC's
+    Attributes:
+        init: "k-means", or DC's; sampler: representative images.
+    """
+
+    init: str = "k-means"
     sampler: Any = Representative()
 
 
 @dataclass(frozen=True)
 class DREAM(RepresentativeStart, IDC):
-    """Hyper-parameters of the published settings: those of IDC, but for the batches."""
+    """Hyper-parameters of the published settings: those of IDC, but for the batches. The other fields are IDC's.
 
-    real_batch: int = 128  # images of a class, one per cluster
-    network_batch: int = 128  # the published loader has the batch of the matching
-    init: str = "k-means"  # or IDC's
+    Attributes:
+        real_batch: images of a class, one per cluster; network_batch: the same, as the published loader has it.
+        init: "k-means", or IDC's; sampler: representative images.
+    """
+
+    real_batch: int = 128
+    network_batch: int = 128
+    init: str = "k-means"
     sampler: Any = Representative(every=10)
 
     def prepare(self, state: idc.State, seed: int) -> None:

@@ -18,10 +18,14 @@ from lib.recipes import Recipes, published, small, two_cores
 
 @dataclass(frozen=True)
 class DSA(dc.DC):
-    """Hyper-parameters of DC, with DSA's two changes."""
+    """Hyper-parameters of DC, with DSA's two changes. The other fields are DC's.
+
+    Attributes:
+        init: where images start; augmentation: "data": the data set's strategy, all six families, without flips for digits.
+    """
 
     init: str = "real"
-    augmentation: str = "data"  # the data set's strategy: all six families, without flips for digits
+    augmentation: str = "data"
 
 
 _PAPER = DSA()

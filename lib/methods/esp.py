@@ -54,21 +54,32 @@ class State:
 
 @dataclass(frozen=True)
 class ESP:
-    """Ours; the paper's hyper-parameters are not known to us. The defaults are proposed for CIFAR-10."""
+    """Ours; the paper's hyper-parameters are not known to us. The defaults are proposed for CIFAR-10.
+
+    Attributes:
+        iterations: updates of the images, 0 or more; window: K, epochs that span the subspace; start_epochs: $T^+$, of which the
+            student's first is drawn; reset: steps with one expert; the last three 1 or more.
+        eta: of the student's step; lr: of the pixels (Adam); both above 0.
+        real_batch: real images of all classes in a step.
+        network, init, augmentation: as DM's.
+        projection: "global"; "layer": a span for every tensor of weights; "none"; objective: "inner", "cos" or "l2".
+        cut: directions with less than this part of the largest eigenvalue are left out.
+        experts: how they are trained (``lib.nets.experts``).
+    """
 
     iterations: int = 10_000
-    window: int = 10  # K, epochs that span the subspace
-    start_epochs: int = 20  # T+
-    reset: int = 10  # steps with one expert
-    eta: float = 0.01  # of the student's step
-    lr: float = 0.005  # of the pixels (Adam)
+    window: int = 10
+    start_epochs: int = 20
+    reset: int = 10
+    eta: float = 0.01
+    lr: float = 0.005
     real_batch: int = 256
     network: str = "convnet-d3-w128"
     init: str = "real"
     augmentation: str = "data"
-    projection: str = "global"  # "layer": a span for every tensor of weights; "none"
-    objective: str = "inner"  # "cos", "l2"
-    cut: float = CUT  # directions with less of the largest eigenvalue are left out
+    projection: str = "global"
+    objective: str = "inner"
+    cut: float = CUT
     experts: Experts = Experts()
 
     def __post_init__(self) -> None:

@@ -51,19 +51,29 @@ class State:
 
 @dataclass(frozen=True)
 class FRePo:
-    """Hyper-parameters of the published commands."""
+    r"""Hyper-parameters of the published commands.
+
+    Attributes:
+        iterations: updates, 0 or more; networks: N, the pool; online_updates: M; a network older than so many training steps is drawn
+            anew.
+        lr: of images and labels, along a cosine to a tenth; lr_network: of the pool.
+        real_batch: real images of all classes in a step; ridge: $\lambda$, times the mean of the diagonal, 0 or more.
+        width, depth: of the pool's networks: channels of the first block, and blocks (4 for 64 pixels); norm: batch norm in them.
+        flip: add mirror images to the support; off for digits, and for CIFAR-100 from IPC 10.
+        learn_labels: labels are learned, too; init: where images start: "real" or "noise".
+    """
 
     iterations: int = 500_000
-    networks: int = 10  # N, the pool
-    online_updates: int = 100  # M
-    lr: float = 3e-4  # of images and labels; cosine to a tenth
+    networks: int = 10
+    online_updates: int = 100
+    lr: float = 3e-4
     lr_network: float = 3e-4
     real_batch: int = 1024
-    ridge: float = 1e-6  # lambda, times the mean of the diagonal
-    width: int = 128  # of the first block
-    depth: int = 3  # 4 for 64x64
-    norm: bool = True  # batch norm in the pool's networks
-    flip: bool = True  # add mirror images to the support; off for digits, and for CIFAR-100 from IPC 10
+    ridge: float = 1e-6
+    width: int = 128
+    depth: int = 3
+    norm: bool = True
+    flip: bool = True
     learn_labels: bool = True
     init: str = "real"
 

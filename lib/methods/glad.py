@@ -58,21 +58,32 @@ class State:
 
 @dataclass(frozen=True)
 class GLaD:
-    """Hyper-parameters of the released code; the defaults are those of DM at 128 pixels."""
+    """Hyper-parameters of the released code; the defaults are those of DM at 128 pixels.
+
+    Attributes:
+        prior: how the generator is trained (``lib.nets.generators``); objective: the loss, ``DM()``, ``DC(inner=1)`` or ``MTT()``.
+        space: what is learned: "z", "w", "f0", "f1", ... or "pixels".
+        iterations: updates, 0 or more; lr: of maps, latents, W+ or pixels (published: DC 1, MTT 10 000); lr_w: of the styles beside a map
+            (DC 0.001, MTT 10); momentum: of both; rates above 0.
+        chunk: images generated at once with their graph, None: all.
+        init: "noise": latents, or pixels, from a normal law; "real": those of random real images; average: W at the mean of its class,
+            for IPC 1; random_map: the map drawn from a normal law with its own mean and deviation.
+        learn_generator: the generator moves, too; lr_generator: of it (published for MTT: 0.1).
+    """
 
     prior: Prior = LayeredVAE()
-    objective: Any = DM()  # or DC(inner=1), MTT()
+    objective: Any = DM()
     space: str = "f20"
     iterations: int = 1000
-    lr: float = 10.0  # of maps, latents, W+ or pixels; DC 1, MTT 10,000
-    lr_w: float = 0.01  # of the styles beside a map; DC 0.001, MTT 10
+    lr: float = 10.0
+    lr_w: float = 0.01
     momentum: float = 0.5
-    chunk: int | None = 10  # images generated at once with their graph; None: all
-    init: str = "noise"  # latents, or pixels, from a normal law; "real": those of random real images
-    average: bool = False  # W at the mean of its class, for IPC 1
-    random_map: bool = False  # the map drawn from a normal law with its own mean and deviation
+    chunk: int | None = 10
+    init: str = "noise"
+    average: bool = False
+    random_map: bool = False
     learn_generator: bool = False
-    lr_generator: float = 1e-4  # MTT 0.1
+    lr_generator: float = 1e-4
 
     def __post_init__(self) -> None:
         choose("init", self.init, dict.fromkeys(STARTS))

@@ -67,12 +67,18 @@ class Students:
 @dataclass(frozen=True)
 class Trajectories:
     r"""MTT's loss (``lib.methods.mtt``) of a student that sees its bases through one random hallucinator in each of its steps, at a
-    learned rate $\beta$."""
+    learned rate $\beta$.
 
-    steps: int = 50  # N, of the student
-    expert_epochs: int = 2  # M
-    start_epochs: int = 2  # T+
-    rate: float = 0.01  # beta at the start
+    Attributes:
+        steps: N, of the student; expert_epochs: M; start_epochs: $T^+$; 1 or more.
+        rate: $\beta$ at the start, least_rate: below which it is not let; lr_rate, momentum_rate: of its SGD.
+        gradient: "bptt"; "recompute": exact, with the memory of one step; "tesla"; experts: how they are trained (``lib.nets.experts``).
+    """
+
+    steps: int = 50
+    expert_epochs: int = 2
+    start_epochs: int = 2
+    rate: float = 0.01
     lr_rate: float = 1e-7
     momentum_rate: float = 0.9
     least_rate: float = 1e-3
@@ -137,9 +143,13 @@ class Trajectories:
 @dataclass(frozen=True)
 class Features:
     r"""DM's loss (``lib.methods.dm``): the mean embedding of all renderings of a class against that of real images, in a new random
-    network at every step. No experts, no unrolling."""
+    network at every step. No experts, no unrolling.
 
-    real_batch: int = 256  # per class
+    Attributes:
+        real_batch: real images per class and step, 1 or more.
+    """
+
+    real_batch: int = 256
 
     def __post_init__(self) -> None:
         whole(self, real_batch=1)
@@ -198,22 +208,33 @@ class State:
 
 @dataclass(frozen=True)
 class HaBa:
-    """Hyper-parameters of the released scripts; the defaults are those of CIFAR-10 with one base a class."""
+    r"""Hyper-parameters of the released scripts; the defaults are those of CIFAR-10 with one base a class.
+
+    Attributes:
+        iterations: updates, 0 or more; hallucinators: m; channels: of a base, None: as an image has.
+        identity: ours: how near to the identity hallucinators start, 0 to 1.
+        objective: ``Trajectories()`` or ``Features()``; batch: bases that a student's step and the extractor see, None: all.
+        lr: of the bases; lr_hallucinators: of the hallucinators; momentum: of both.
+        adversary: hallucinators play against a learned extractor E; club: $\lambda$ of their likeness, against the hallucinators; con,
+            cls, lik: weights of E's contrastive loss, cross-entropy and likeness; temperature: of the contrastive loss, above 0.
+        extractor: E, a name of ``lib.nets``; lr_extractor, momentum_extractor: of its SGD.
+        network, augmentation: as DM's; init: where bases start: "real" or "noise".
+    """
 
     iterations: int = 15_000
-    hallucinators: int = 5  # m
-    channels: int | None = None  # of a base; None: as an image has
-    identity: float = 0.0  # ours: where hallucinators start
-    objective: Any = Trajectories()  # or Features()
-    lr: float = 100.0  # of the bases
+    hallucinators: int = 5
+    channels: int | None = None
+    identity: float = 0.0
+    objective: Any = Trajectories()
+    lr: float = 100.0
     lr_hallucinators: float = 100.0
-    momentum: float = 0.95  # of both
-    batch: int | None = None  # bases that a student's step and the extractor see; None: all
+    momentum: float = 0.95
+    batch: int | None = None
     adversary: bool = True
-    club: float = 0.1  # lambda of the renderings' likeness, against the hallucinators
-    con: float = 0.1  # of E: SupCon,
-    cls: float = 1.0  # cross-entropy,
-    lik: float = 0.1  # likeness
+    club: float = 0.1
+    con: float = 0.1
+    cls: float = 1.0
+    lik: float = 0.1
     temperature: float = 0.07
     lr_extractor: float = 0.001
     momentum_extractor: float = 0.9

@@ -48,30 +48,42 @@ class State(dc.State):
 
 @dataclass(frozen=True)
 class IDC(DSA):
-    """Hyper-parameters of the published "reproduce" settings (CIFAR)."""
+    """Hyper-parameters of the published "reproduce" settings (CIFAR). The other fields are DSA's.
 
-    outer: int = 2000  # networks
-    inner: int | None = 100  # matching steps per network
-    lr: float = 5e-3  # times IPC / 10 and (side / base_side)^2
+    Attributes:
+        outer: networks; inner: matching steps per network; lr: of the pixels, times IPC / 10 and (side / base_side)^2; base_side: in
+            pixels.
+        real_batch: real images per class and step; network_batch: of the network's training.
+        init: "mix": a real image in every tile; "real": whole real images; "noise".
+        distance: ``LayerSum("mse")`` or ``LayerSum("l1")``; ``parts="weights"``: with the classifier.
+        augmentation, mode: of the matching; augmentation_network: of the network's training; cutmix: its probability per batch.
+        formation: IDC's tiles; bound: decode just ``most`` images of a class, the first ones at the factor, the rest at smaller ones.
+        inner_data: what networks learn from: "real"; "syn": S, as DSA; n_data: real images that a network sees between two steps.
+        momentum_network, decay_network: of its SGD; early: its epochs on all real data before its first step, 0 or more.
+    """
+
+    outer: int = 2000
+    inner: int | None = 100
+    lr: float = 5e-3
     base_side: int = 32
     real_batch: int = 64
     network_batch: int = 64
-    init: str = "mix"  # a real image in every tile; "real": whole real images
-    distance: Gap = LayerSum("mse")  # or LayerSum("l1"); parts="weights": with the classifier
+    init: str = "mix"
+    distance: Gap = LayerSum("mse")
     augmentation: str = "color_crop_cutout"
     mode: str = "idc"
     formation: Any = MultiFormation(2)
     most: int | None = 128
     space: str = "unit"
     sequential: bool = True
-    bound: bool = False  # decode just as many as that: the first ones at the factor, the rest at smaller ones
-    inner_data: str = "real"  # what networks learn from; "syn": S, as DSA
-    n_data: int = 2000  # real images that a network sees between two steps
+    bound: bool = False
+    inner_data: str = "real"
+    n_data: int = 2000
     momentum_network: float = 0.9
     decay_network: float = 5e-4
     augmentation_network: str = "color_crop"
-    cutmix: float = 0.5  # probability per batch
-    early: int = 0  # epochs of a new network on all real data, before its first step
+    cutmix: float = 0.5
+    early: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,10 +31,15 @@ from lib.recipes import Recipes, published, small
 
 @dataclass(frozen=True)
 class IDM(DM):
-    """Hyper-parameters of the published commands (CIFAR-10, IPC 10)."""
+    """Hyper-parameters of the published commands (CIFAR-10, IPC 10). The other fields are DM's.
+
+    Attributes:
+        lr: of the pixels; init: "mix": every cell a real image; "real": whole real images; "noise".
+        distance: the class mean and a cross-entropy; networks: a queue of partly trained ones; formation: cells of a mosaic.
+    """
 
     lr: float = 0.2
-    init: str = "mix"  # every cell a real image; "real": whole real images; "noise"
+    init: str = "mix"
     distance: Distance = ClassMean() + ClassAware(0.5)
     networks: Any = Queue()
     formation: Any = Mosaic(2)

@@ -58,24 +58,35 @@ class State:
 
 @dataclass(frozen=True)
 class ITGAN:
-    """Hyper-parameters of the released scripts; the defaults are those of CIFAR-10."""
+    r"""Hyper-parameters of the released scripts; the defaults are those of CIFAR-10.
+
+    Attributes:
+        prior: how the generator is trained (``lib.nets.generators``).
+        iterations: updates, 0 or more (published: 5000 to 10 000); lr: of the latents; regulariser: $\lambda$, 0 to 1.
+        batch: latents of a class that one update moves, always the same ones; None: all.
+        real_batch: real images per class and step, 1 or more; the smallest class where it has fewer.
+        network: a name of ``lib.nets``; networks: which of them a step looks at (``lib.nets.supply``); augmentation, mode: as DM's.
+        inversion: how latents start: "adam"; "encoder": of a prior that has one; "none": standard normal.
+        inversion_steps, inversion_lr: of Adam; inversion_batch: images at once; cosine: its rate along a cosine to 0, for few steps.
+        classifier_epochs: of the network whose features are inverted; 0: untrained.
+    """
 
     prior: Prior = LayeredVAE()
-    iterations: int = 5000  # 5,000 to 10,000
-    lr: float = 1e-3  # of the latents
-    regulariser: float = 1e-3  # lambda
-    batch: int | None = 1250  # latents of a class that one update moves; always the same ones; None: all
-    real_batch: int = 500  # per class; the smallest class where it has fewer
+    iterations: int = 5000
+    lr: float = 1e-3
+    regulariser: float = 1e-3
+    batch: int | None = 1250
+    real_batch: int = 500
     network: str = "convnet-d3-w128"
-    networks: Any = Fresh()  # which network a step looks at (lib.nets.supply)
+    networks: Any = Fresh()
     augmentation: str = "data"
     mode: str = "single"
-    inversion: str = "adam"  # "encoder": of a prior that has one; "none": standard normal latents
+    inversion: str = "adam"
     inversion_steps: int = 5000
     inversion_lr: float = 0.1
-    inversion_batch: int = 100  # images at once
-    cosine: bool = False  # the inversion's rate along a cosine to 0, for few steps
-    classifier_epochs: int = 200  # of the network whose features are inverted; 0: untrained
+    inversion_batch: int = 100
+    cosine: bool = False
+    classifier_epochs: int = 200
 
     def __post_init__(self) -> None:
         choose("inversion", self.inversion, dict.fromkeys(INVERSIONS))

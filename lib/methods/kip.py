@@ -55,24 +55,34 @@ class State:
 
 @dataclass(frozen=True)
 class KIP:
-    """Hyper-parameters of the published notebook for fully-connected kernels (CIFAR-10, 100 images)."""
+    r"""Hyper-parameters of the published notebook for fully-connected kernels (CIFAR-10, 100 images).
+
+    Attributes:
+        iterations: updates, 0 or more; lr: of Adam, for images and labels.
+        target_batch: real images per step, as many of every class; all of the smallest class where it has fewer.
+        ridge: $\lambda$, times the mean of the diagonal, 0 or more.
+        learn_labels: labels are learned, too; labels: at the start, "hard": centred one-hot, or solved for, "solve" or "solve-published".
+        init: where images start: "real" or "noise"; augmentation: of the targets, each on its own: a strategy of ``lib.augment``, or
+            "data".
+        depth: hidden layers, 0 or more; kind: "ntk"; "nngp": only the last layer is trained; width: None: NTK parameterisation; a number:
+            standard parameterisation of that width; sigma_w, sigma_b: deviations of weights and biases.
+        precision: "float64"; "mixed": $K_{ts}$ in 32 bits, $K_{ss}$ and the solution in 64.
+    """
 
     iterations: int = 1000
-    lr: float = 0.04  # of Adam, for images and labels
-    target_batch: int = (
-        5000  # real images per step, as many of every class; all of the smallest class where it has fewer
-    )
-    ridge: float = 1e-6  # lambda, times the mean of the diagonal
+    lr: float = 0.04
+    target_batch: int = 5000
+    ridge: float = 1e-6
     learn_labels: bool = False
-    labels: str = "hard"  # at the start: centred one-hot, or solved for (solve, solve-published)
+    labels: str = "hard"
     init: str = "real"
-    augmentation: str = "none"  # of the targets, each on its own: a strategy of lib.augment, or "data"
-    depth: int = 1  # hidden layers
-    kind: str = "ntk"  # or nngp: only the last layer is trained
-    width: int | None = None  # None: NTK parameterisation; a number: standard parameterisation of that width
+    augmentation: str = "none"
+    depth: int = 1
+    kind: str = "ntk"
+    width: int | None = None
     sigma_w: float = fc.SIGMA_W
     sigma_b: float = fc.SIGMA_B
-    precision: str = "float64"  # or mixed: K_ts in 32 bits, K_ss and the solution in 64
+    precision: str = "float64"
 
     def __post_init__(self):
         named = {"labels": LABELS, "init": INITIAL, "kind": KINDS, "precision": PRECISIONS}
@@ -170,13 +180,19 @@ class ConvKIP(KIP):
     """KIP with kernels of infinitely wide convolutional networks; several are drawn from, one at every step.
 
     The learning rate of the paper is not known to us (its appendix was not available); the notebook's is taken.
+    The other fields are KIP's.
+
+    Attributes:
+        iterations, learn_labels, augmentation: as KIP's; the headline rows have learned labels and augmentation.
+        nets: names or strings of layers of ``lib.kernels.conv``, one or more; neither depth nor width is for them.
+        chunk: values of the recursion held at a time, 1 or more: bounds the memory.
     """
 
     iterations: int = 50_000
-    learn_labels: bool = True  # the headline rows: learned labels and augmentation
+    learn_labels: bool = True
     augmentation: str = "data"
-    nets: tuple[str, ...] = ("kip",)  # names or strings of layers of lib.kernels.conv
-    chunk: int = 2**18  # values of the recursion held at a time: bounds the memory
+    nets: tuple[str, ...] = ("kip",)
+    chunk: int = 2**18
 
     def __post_init__(self):
         super().__post_init__()

@@ -63,22 +63,32 @@ class State:
 
 @dataclass(frozen=True)
 class KRR:
-    """Settings of algorithm 1 and of the published ``config/distill.yaml``."""
+    r"""Settings of algorithm 1 and of the published ``config/distill.yaml``.
 
-    map: str = "identity"  # phi: identity, fcnn (invertible LeakyReLU net), fourier (random Fourier features)
-    features: int | None = None  # p; None: as many as pixels (all published runs)
-    layers: int = 1  # hidden layers of fcnn; the feature is the last hidden activation
-    slope: float = 0.1  # of its LeakyReLU
-    variance: float | None = (
-        None  # of the Fourier frequencies; None: 0.8 / d (published 1/1000 for 784 pixels)
-    )
-    lam: float | None = None  # the teacher's ridge; None: the best on the validation split
-    validation: float = 0.05  # of the training images, at random
-    lambda_s: float | str = 0.0  # the set's own ridge, a number or "teacher"; clipped at its bound
-    root: str = "plus"  # of the singular values where lambda_s > 0: plus (published), minus, alternate
-    init: str = "noise"  # Z from noise, or from real images (corollary 4.1.1)
-    noise: float = 0.1  # standard deviation of Z relative to Y_S^+ W
-    labels_only: bool = False  # keep random real images, solve for their labels (theorem 4.2)
+    Attributes:
+        map: $\phi$: "identity", "fcnn" (invertible LeakyReLU net) or "fourier" (random Fourier features); features: p, None: as many as
+            pixels (all published runs).
+        layers: hidden ones of fcnn, of which the last activation is the feature; slope: of its LeakyReLU; variance: of the Fourier
+            frequencies, None: 0.8 / d (published 1/1000 for 784 pixels).
+        lam: the teacher's ridge, above 0; None: the best on the validation split; validation: its part of the training images, at random.
+        lambda_s: the set's own ridge, 0 or more, or "teacher"; clipped at its bound.
+        root: of the singular values where lambda_s > 0: "plus" (published), "minus" or "alternate".
+        init: Z from "noise", or from "real" images (corollary 4.1.1); noise: standard deviation of Z relative to $Y_S^+W$.
+        labels_only: keep random real images, solve for their labels (theorem 4.2).
+    """
+
+    map: str = "identity"
+    features: int | None = None
+    layers: int = 1
+    slope: float = 0.1
+    variance: float | None = None
+    lam: float | None = None
+    validation: float = 0.05
+    lambda_s: float | str = 0.0
+    root: str = "plus"
+    init: str = "noise"
+    noise: float = 0.1
+    labels_only: bool = False
 
     def __post_init__(self):
         allowed = {"map": MAPS, "root": ROOTS, "init": INITIAL}

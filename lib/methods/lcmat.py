@@ -39,11 +39,17 @@ from lib.system.errors import CompanionError
 
 @dataclass(frozen=True)
 class LCMatS(ProxySelection):
-    """Hyper-parameters of the official CIFAR-10 script (5 images per class; CIFAR-100 alike)."""
+    r"""Hyper-parameters of the official CIFAR-10 script (5 images per class; CIFAR-100 alike). The other fields are ProxySelection's.
 
-    eps: float = 0.01  # weight of the curvature, in the place of rho / 2; 0 is CRAIG without its weights
-    coordinates: int = 100  # K, of C (1 + d)
-    weighted: bool = False  # True is ours: weights as CRAIG has them, the images nearest to each pick
+    Attributes:
+        eps: weight of the curvature, in the place of $\rho/2$, 0 or more; 0 is CRAIG without its weights.
+        coordinates: K, of C (1 + d), 1 or more.
+        weighted: True is ours: weights as CRAIG has them, the images nearest to each pick.
+    """
+
+    eps: float = 0.01
+    coordinates: int = 100
+    weighted: bool = False
 
     VARIANTS: ClassVar = ("paper", "official")
 
@@ -65,7 +71,11 @@ class LCMatS(ProxySelection):
 @dataclass(frozen=True)
 class LCMatC(dsa.DSA):
     """DSA with a curvature term (our reconstruction); at radius 0 it *is* DSA. With one image per class the default form, the
-    variance of gradients, is constant: take ``CurvatureGap(rho, "diag")``."""
+    variance of gradients, is constant: take ``CurvatureGap(rho, "diag")``.
+
+    Attributes:
+        distance: DC's and a curvature; the other fields are DSA's.
+    """
 
     distance: Gap = RowCosine() + CurvatureGap()
 

@@ -29,16 +29,23 @@ from lib.recipes import Recipes, published, small
 
 @dataclass(frozen=True)
 class M3D(DM):
-    """Hyper-parameters of the released configuration."""
+    """Hyper-parameters of the released configuration. The other fields are DM's.
+
+    Attributes:
+        iterations, lr, real_batch: of the released configuration; networks: a new one every so many iterations.
+        init: "mix": every cell a real image; "real": whole real images; "noise".
+        augmentation, mode: colour and cutout always; distance: the MMD; formation: cells of a mosaic; most, space, sequential: as
+            released.
+    """
 
     iterations: int = 5000
     lr: float = 10.0
     real_batch: int = 128
-    init: str = "mix"  # every cell a real image; "real": whole real images; "noise"
+    init: str = "mix"
     augmentation: str = "color_crop_cutout"
-    mode: str = "idc"  # colour and cutout always
+    mode: str = "idc"
     distance: Distance = MMD()
-    networks: Any = Fresh(every=5)  # iterations per model
+    networks: Any = Fresh(every=5)
     formation: Any = Mosaic(2, packing="nearest")
     most: int | None = 200
     space: str = "unit"

@@ -55,22 +55,31 @@ class State:
 
 @dataclass(frozen=True)
 class Minimax:
-    """Hyper-parameters of the published commands: DiT-XL/2, ten classes."""
+    r"""Hyper-parameters of the published commands: DiT-XL/2, ten classes.
+
+    Attributes:
+        prior: the diffusion model, ``LatentDiT()`` or ``PixelUNet()``.
+        iterations: of a phase, 0 or more; phases: parts of the classes, fine-tuned one after the other; lr, batch: of the fine-tuning.
+        weight_real, weight_own: $\lambda_r$ and $\lambda_d$, 0 or more; memory: latents of a class that they look at, $N_M$.
+        trainable: weights that move, "difffit" or "all"; average: decay of their running mean, below 1; drop: part of the labels that is
+            dropped.
+        sampling_steps: of drawing; guidance: its strength, 0 or more; together: images that are drawn side by side.
+    """
 
     prior: Denoiser = LatentDiT()
-    iterations: int = 12_000  # of a phase
+    iterations: int = 12_000
     lr: float = 1e-3
     batch: int = 8
-    weight_real: float = 0.002  # lambda_r
-    weight_own: float = 0.008  # lambda_d
-    memory: int = 64  # latents of a class, N_M
-    trainable: str = "difffit"  # or "all"
-    average: float = 0.9999  # decay of the running mean of the weights
-    drop: float = 0.1  # of labels
+    weight_real: float = 0.002
+    weight_own: float = 0.008
+    memory: int = 64
+    trainable: str = "difffit"
+    average: float = 0.9999
+    drop: float = 0.1
     sampling_steps: int = 50
     guidance: float = 4.0
-    together: int = 50  # images that are drawn side by side
-    phases: int = 1  # parts of the classes, fine-tuned one after the other
+    together: int = 50
+    phases: int = 1
 
     def __post_init__(self) -> None:
         choose("set of trainable weights", self.trainable, dict.fromkeys(TRAINABLE))

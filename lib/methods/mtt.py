@@ -53,23 +53,34 @@ class State:
 
 @dataclass(frozen=True)
 class MTT:
-    """Hyper-parameters of the published commands; the defaults are those of CIFAR-10 at IPC 1."""
+    r"""Hyper-parameters of the published commands; the defaults are those of CIFAR-10 at IPC 1.
+
+    Attributes:
+        iterations: updates, 0 or more; steps: N, of the student; expert_epochs: M, to its target; start_epochs: $T^+$: it starts at epoch
+            0 .. $T^+-1$; all 1 or more.
+        lr, momentum: of SGD on the pixels; rate: $\beta$ at the start, least_rate: below which it is not let; lr_rate: of $\beta$.
+        batch: images in a student's step, None: all.
+        network: a name of ``lib.nets``; init: where images start: "real" or "noise"; augmentation: as DM's.
+        gradient: "bptt"; "recompute": exact, with the memory of one step; "tesla".
+        soft_labels: label S by the expert at its target (TESLA-SLA).
+        experts: how they are trained (``lib.nets.experts``).
+    """
 
     iterations: int = 5000
-    steps: int = 50  # N, of the student
-    expert_epochs: int = 2  # M
-    start_epochs: int = 2  # T+: the student starts at epoch 0 .. T+ - 1
-    lr: float = 100.0  # of the pixels
-    rate: float = 0.01  # beta at the start
-    lr_rate: float = 1e-7  # of beta
+    steps: int = 50
+    expert_epochs: int = 2
+    start_epochs: int = 2
+    lr: float = 100.0
+    rate: float = 0.01
+    lr_rate: float = 1e-7
     momentum: float = 0.5
-    batch: int | None = None  # images in a student's step; None: all
+    batch: int | None = None
     network: str = "convnet-d3-w128"
     init: str = "real"
     augmentation: str = "data"
-    gradient: str = "bptt"  # "recompute": exact, with the memory of one step; "tesla"
-    soft_labels: bool = False  # label S by the expert at its target (TESLA-SLA)
-    least_rate: float = 1e-6  # beta is not let below
+    gradient: str = "bptt"
+    soft_labels: bool = False
+    least_rate: float = 1e-6
     experts: Experts = Experts()
 
     def __post_init__(self) -> None:

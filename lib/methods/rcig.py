@@ -63,28 +63,40 @@ class State:
 
 @dataclass(frozen=True)
 class RCIG:
-    """Hyper-parameters of the published configurations."""
+    r"""Hyper-parameters of the published configurations.
+
+    Attributes:
+        iterations: updates, 0 or more; networks: M, the pool; online_updates: training steps after which a network is drawn anew;
+            most_updates: a used one is trained 1 to so many steps.
+        lr: of images and labels; lr_scale: of $\tau$; lr_network: of the pool; above 0.
+        real_batch: real images of all classes in a step; ridge: $\lambda$, times the number of stored images, above 0.
+        width, depth: channels of the first block, and blocks; softplus: $\beta$, 0: ReLU; flip: add mirror images to the support.
+        displaced: False: $\delta=0$; implicit: the second term, of which there is none without displacement.
+        solver: "adam", "exact" or "cg"; solver_steps: of adam and cg; lr_inner: of Adam for $\delta$, None: tuned, as published;
+            lr_solver: of Adam for v, None: alike.
+        loss: "platt", or "mse", without $e^\tau$; init: where images start: "real" or "noise".
+    """
 
     iterations: int = 10_000
-    networks: int = 30  # M, the pool
-    online_updates: int = 100  # training steps after which a network is drawn anew
-    most_updates: int = 15  # a used network is trained 1 to so many steps
-    lr: float = 3e-3  # of images and labels
-    lr_scale: float = 3e-2  # of tau
+    networks: int = 30
+    online_updates: int = 100
+    most_updates: int = 15
+    lr: float = 3e-3
+    lr_scale: float = 3e-2
     lr_network: float = 5e-5
     real_batch: int = 1024
-    ridge: float = 5e-4  # lambda, times the number of stored images
-    width: int = 128  # of the first block
+    ridge: float = 5e-4
+    width: int = 128
     depth: int = 3
-    softplus: float = 60.0  # beta; 0: ReLU
-    flip: bool = True  # add mirror images to the support
-    displaced: bool = True  # False: delta = 0
-    implicit: bool = True  # the second term; there is none without displacement
-    solver: str = "adam"  # or exact, cg
-    solver_steps: int = 20  # of adam and cg
-    lr_inner: float | None = None  # of Adam for delta; None: tuned, as published
-    lr_solver: float | None = None  # of Adam for v
-    loss: str = "platt"  # or mse, without e^tau
+    softplus: float = 60.0
+    flip: bool = True
+    displaced: bool = True
+    implicit: bool = True
+    solver: str = "adam"
+    solver_steps: int = 20
+    lr_inner: float | None = None
+    lr_solver: float | None = None
+    loss: str = "platt"
     init: str = "real"
 
     def total_steps(self, ipc: int) -> int:

@@ -63,27 +63,39 @@ class State:
 
 @dataclass(frozen=True)
 class RFAD:
-    """Hyper-parameters of the published code, which uses the same ones for every data set and IPC."""
+    r"""Hyper-parameters of the published code, which uses the same ones for every data set and IPC.
+
+    Attributes:
+        iterations: updates, 0 or more; networks: N, new at every step; width, depth: their channels and blocks, 1 or more.
+        loss: "platt" or "mse"; learn_labels: labels are learned, too; ridge: $\lambda$, times the mean of the diagonal, 0 or more.
+        real_batch: targets per batch, of all classes; batches: so many in a step.
+        lr: of pixels and labels; lr_transform: of T; lr_scale: of k.
+        init: where images start: "real" or "noise"; corruption: share of the values that stay there, 0 to below 1.
+        validate_every: steps; 0: no validation, the last step is the result; validation_images: per class (published: 100 with 100
+            classes); validation_networks: that look at them; patience: steps without a better validation loss after which nothing moves
+            any more.
+        mixed: real features in bfloat16.
+    """
 
     iterations: int = 100_000
-    networks: int = 8  # N, new at every step
+    networks: int = 8
     width: int = 256
     depth: int = 3
     loss: str = "platt"
     learn_labels: bool = True
-    ridge: float = 5e-3  # lambda, times the mean of the diagonal
-    real_batch: int = 1280  # targets per batch, of all classes
+    ridge: float = 5e-3
+    real_batch: int = 1280
     batches: int = 4
-    lr: float = 1e-3  # of pixels and labels
+    lr: float = 1e-3
     lr_transform: float = 5e-5
-    lr_scale: float = 1e-2  # of k
+    lr_scale: float = 1e-2
     init: str = "real"
-    corruption: float = 0.0  # share of the values that stay at their start
-    validate_every: int = 40  # steps; 0: no validation, the last step is the result
-    validation_images: int = 500  # per class; 100 with 100 classes
+    corruption: float = 0.0
+    validate_every: int = 40
+    validation_images: int = 500
     validation_networks: int = 16
-    patience: int = 1000  # steps without a better validation loss after which nothing moves any more
-    mixed: bool = False  # real features in bfloat16
+    patience: int = 1000
+    mixed: bool = False
 
     def total_steps(self, ipc: int) -> int:
         return self.iterations

@@ -35,10 +35,15 @@ from lib.system.errors import choose, unknown, whole
 
 @dataclass(frozen=True)
 class Selection(ABC):
-    """What all selections share: look at the data once, choose in every group, hand back the images with their positions."""
+    """What all selections share: look at the data once, choose in every group, hand back the images with their positions.
 
-    balanced: bool = True  # choose within every class; False: among all images at once
-    fraction: float | None = None  # of the images, in (0, 1], instead of images per class
+    Attributes:
+        balanced: choose within every class; False: among all images at once.
+        fraction: of the images, in (0, 1], instead of images per class.
+    """
+
+    balanced: bool = True
+    fraction: float | None = None
 
     def total_steps(self, ipc: int) -> int:
         return 0
@@ -68,7 +73,7 @@ class Selection(ABC):
 
 @dataclass(frozen=True)
 class RandomReal(Selection):
-    """Uniformly drawn real images, without replacement."""
+    """Uniformly drawn real images, without replacement. The fields are Selection's."""
 
     def begin(self, train: ImageSet, ipc: int, generator: torch.Generator) -> SyntheticSet:
         if self.balanced and self.fraction is None:  # the draw that distilled images start from
@@ -87,10 +92,17 @@ class RandomReal(Selection):
 
 @dataclass(frozen=True)
 class InFeatures(Selection):
-    """A choice among points ``(N, d)``: the features of a trained proxy, of its network untrained, or the pixels."""
+    """A choice among points ``(N, d)``: the features of a trained proxy, of its network untrained, or the pixels.
+
+    The other fields are Selection's.
+
+    Attributes:
+        proxy: the network and its training (``lib.select.proxy``).
+        features: "proxy"; "random": of the network untrained; or "pixels" (``lib.select.proxy.embeddings``).
+    """
 
     proxy: Proxy = field(default_factory=lambda: Proxy("convnet-d3-w128"))
-    features: str = "proxy"  # or "random", or "pixels" (lib.select.proxy.embeddings)
+    features: str = "proxy"
 
     def look(self, train: ImageSet, generator: torch.Generator) -> Tensor:
         return embeddings(train, self.features, self.proxy, generator)
@@ -98,9 +110,15 @@ class InFeatures(Selection):
 
 @dataclass(frozen=True)
 class Herding(InFeatures):
-    """Greedy picks whose mean feature follows the class mean (Welling 2009; ``rule`` as in ``lib.select.greedy.herding``)."""
+    """Greedy picks whose mean feature follows the class mean (Welling 2009; ``rule`` as in ``lib.select.greedy.herding``).
 
-    rule: str = "icarl"  # or "welling", or "deepcore"
+    The other fields are InFeatures'.
+
+    Attributes:
+        rule: "icarl", "welling" or "deepcore".
+    """
+
+    rule: str = "icarl"
 
     def pick(self, points: Tensor, rows: Tensor, budget: int, generator: torch.Generator) -> Choice:
         return greedy.herding(points[rows], budget, self.rule), None
@@ -108,7 +126,7 @@ class Herding(InFeatures):
 
 @dataclass(frozen=True)
 class KCenter(InFeatures):
-    """Farthest-first picks from a random first one (Sener & Savarese, ICLR 2018)."""
+    """Farthest-first picks from a random first one (Sener & Savarese, ICLR 2018). The fields are InFeatures'."""
 
     def pick(self, points: Tensor, rows: Tensor, budget: int, generator: torch.Generator) -> Choice:
         first = torch.randint(len(rows), (), generator=generator, device=rows.device)
@@ -120,11 +138,18 @@ class KCenter(InFeatures):
 
 @dataclass(frozen=True)
 class ProxySelection(Selection):
-    """What selections by the outputs and last-layer gradients of a proxy share."""
+    """What selections by the outputs and last-layer gradients of a proxy share. The other fields are Selection's.
+
+    Attributes:
+        proxy: the network and its training (``lib.select.proxy``); variant: "paper", or the published code's reading, one of
+            ``VARIANTS``.
+        optimiser: of set functions, one of ``lib.select.submodular.OPTIMISERS``; epsilon: of the stochastic one (DeepCore's 0.9 is nearly
+            a random choice).
+    """
 
     proxy: Proxy = field(default_factory=Proxy)
-    optimiser: str = "lazy"  # of set functions; lib.select.submodular.OPTIMISERS
-    epsilon: float = 0.1  # of the stochastic optimiser; DeepCore's 0.9 is nearly a random choice
+    optimiser: str = "lazy"
+    epsilon: float = 0.1
     variant: str = "paper"
 
     VARIANTS: ClassVar = scores.VARIANTS
@@ -151,16 +176,25 @@ class ProxySelection(Selection):
 
 @dataclass(frozen=True)
 class Coreset(ProxySelection):
-    """A selection by the rule of that name; budgets and defaults as in DeepCore's published commands."""
+    """A selection by the rule of that name; budgets and defaults as in DeepCore's published commands.
+
+    The other fields are ProxySelection's.
+
+    Attributes:
+        rule: one of ``lib.select.rules.RULES``.
+        weighted: keep the weights of CRAIG and GradMatch; ridge: of GradMatch.
+        repeats: proxies that GraNd and EL2N average over; neighbours: of CAL; iterations: of DeepFool; 1 or more.
+        eta: Glister's learning rate; refresh: picks between two updates of its direction, 0: none.
+    """
 
     rule: str = "craig"
-    weighted: bool = True  # keep the weights of CRAIG and GradMatch
-    repeats: int = 10  # proxies that GraNd and EL2N average over
-    neighbours: int = 10  # of CAL
-    iterations: int = 50  # of DeepFool
-    ridge: float = 1.0  # of GradMatch
-    eta: float = 0.1  # Glister's learning rate
-    refresh: int = 1  # picks between two updates of Glister's direction; 0: none
+    weighted: bool = True
+    repeats: int = 10
+    neighbours: int = 10
+    iterations: int = 50
+    ridge: float = 1.0
+    eta: float = 0.1
+    refresh: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,22 +41,34 @@ CURRICULA = ("cosine", "linear", "step")
 
 @dataclass(frozen=True)
 class SRe2L:
-    """Hyper-parameters of the published commands."""
+    r"""Hyper-parameters of the published commands.
 
-    iterations: int = 4000  # R
-    lr: float = 0.25  # of the pixels, along a cosine to 0
+    Attributes:
+        iterations: R, 1 or more; lr: of the pixels, along a cosine to 0; betas: of Adam.
+        ce_weight: of the cross-entropy; bn_weight: $\alpha$, of the statistics; first_multiplier: $\rho_1$, of the first layer's.
+        block_images: images recovered at once, at most.
+        crop: smallest share of the area, None: no crop (below 64 pixels).
+        crop_from: where that share begins, up to 1; milestone: the part of the iterations after which it has fallen to ``crop`` (CDA: 1);
+            curriculum: how it falls, "cosine", "linear" or "step".
+        flip: random mirror images; roll: least and largest shift in pixels, down and right.
+        storage: what the saved pixels went through: "jpeg"; "png": 8 bits; "float": nothing.
+        teacher: how the teacher is trained (``lib.recover.teacher``).
+    """
+
+    iterations: int = 4000
+    lr: float = 0.25
     betas: tuple[float, float] = (0.5, 0.9)
     ce_weight: float = 1.0
-    bn_weight: float = 0.01  # alpha
-    first_multiplier: float = 10.0  # rho_1
+    bn_weight: float = 0.01
+    first_multiplier: float = 10.0
     block_images: int = 100
-    crop: float | None = 0.08  # smallest share of the area; None: no crop (below 64 pixels)
-    crop_from: float = 1.0  # CDA: where that share begins
-    milestone: float = 0.0  # CDA: 1; the part of the iterations after which it has fallen to ``crop``
+    crop: float | None = 0.08
+    crop_from: float = 1.0
+    milestone: float = 0.0
     curriculum: str = "cosine"
     flip: bool = True
-    roll: tuple[int, int] = (0, 32)  # least and largest shift in pixels, down and right
-    storage: str = "jpeg"  # what the saved pixels went through; png: 8 bits, float: nothing
+    roll: tuple[int, int] = (0, 32)
+    storage: str = "jpeg"
     teacher: Teacher = Teacher()
 
     def __post_init__(self):

@@ -27,7 +27,11 @@ from lib.recipes import Recipes, published, small
 
 @dataclass(frozen=True)
 class WassersteinDM(DM):
-    """DM's hyper-parameters: nothing is published. ``real_batch`` should be at least five times the IPC."""
+    """DM's hyper-parameters: nothing is published. ``real_batch`` should be at least five times the IPC. The fields are DM's.
+
+    Attributes:
+        distance: one of :data:`DISTANCES`.
+    """
 
     distance: Distance = Wasserstein(p=2)
 

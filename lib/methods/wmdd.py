@@ -46,18 +46,24 @@ SIMPLER = (
 
 @dataclass(frozen=True)
 class WMDD(SRe2L):
-    """Hyper-parameters of the published script and its README."""
+    r"""Hyper-parameters of the published script and its README. The other fields are SRe2L's.
+
+    Attributes:
+        iterations: 1 or more; bn_weight: $\lambda$ (published: 10 ImageNette, 500 Tiny-ImageNet); feature_weight: of the distance to the
+            barycenter.
+        first_multiplier: of the first layer's statistics (10 with global ones); statistics: "class" or "global"; form: "code" or "paper".
+        mode: of the barycenter: "uniform", "alternating" (the paper's) or "official_weighted"; or "mean", "mmd", "random".
+        stat_batch: images in a chunk, within which the variances of the real images are taken.
+    """
 
     iterations: int = 2000
-    bn_weight: float = 10.0  # lambda: 10 ImageNette, 500 Tiny-ImageNet
+    bn_weight: float = 10.0
     feature_weight: float = 1.0
-    first_multiplier: float = 1.0  # 10 with global statistics
+    first_multiplier: float = 1.0
     form: str = "code"
     statistics: str = "class"
-    mode: str = (
-        "uniform"  # of the barycenter: alternating (the paper's), official_weighted; or mean, mmd, random
-    )
-    stat_batch: int = 100  # images in a chunk, within which the variances of the real images are taken
+    mode: str = "uniform"
+    stat_batch: int = 100
 
     def __post_init__(self):
         super().__post_init__()

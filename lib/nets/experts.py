@@ -23,19 +23,27 @@ SIDE_BY_SIDE = 8  # experts that are trained as one ensemble
 
 @dataclass(frozen=True)
 class Experts:
-    """How experts are trained; the defaults are those of the published commands: SGD at a constant rate."""
+    """How experts are trained; the defaults are those of the published commands: SGD at a constant rate.
+
+    Attributes:
+        count: experts; epochs: None: no more than a method reads (the published buffers have 50).
+        lr, momentum, weight_decay, batch: of SGD; halve_every: halve the rate after so many epochs, None: never; adam: Adam with betas
+            0.5 and 0.999 instead, as DD's code trains.
+        augmentation: "data", "none" or families; one family per batch, own parameters for every image.
+        law: of the initial weights (``lib.nets.flat``); seed: one buffer for all distilled sets, as published.
+    """
 
     count: int = 100
     lr: float = 0.01
     momentum: float = 0.0
     weight_decay: float = 0.0
     batch: int = 256
-    augmentation: str = "data"  # one family per batch, own parameters for every image
-    law: str = "default"  # of the initial weights (lib.nets.flat)
-    adam: bool = False  # Adam with betas 0.5 and 0.999 instead of SGD, as DD's code trains
-    halve_every: int | None = None  # halve the rate after so many epochs
-    epochs: int | None = None  # None: no more than a method reads; the published buffers have 50
-    seed: int = 0  # one buffer for all distilled sets, as published
+    augmentation: str = "data"
+    law: str = "default"
+    adam: bool = False
+    halve_every: int | None = None
+    epochs: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         given = [name for name in ("epochs", "halve_every") if getattr(self, name) is not None]

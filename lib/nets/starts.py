@@ -20,7 +20,11 @@ HELD_OUT = 1_000_003  # added to the seed of a pool: networks that the distillat
 
 @dataclass(frozen=True)
 class Random:
-    """New weights every time, by a law of ``lib.nets.flat``."""
+    """New weights every time, by a law of ``lib.nets.flat``.
+
+    Attributes:
+        law: "xavier" or "default".
+    """
 
     law: str = "xavier"
 
@@ -36,7 +40,11 @@ class Random:
 
 @dataclass(frozen=True)
 class Fixed:
-    """One network, drawn once: the set is made for it alone, and tested on it."""
+    """One network, drawn once: the set is made for it alone, and tested on it.
+
+    Attributes:
+        law: "xavier" or "default"; seed: of the network.
+    """
 
     law: str = "xavier"
     seed: int = 0

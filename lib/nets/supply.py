@@ -36,7 +36,11 @@ class One:
 
 @dataclass(frozen=True)
 class Fresh:
-    """A new random network, never trained: at every step (DM), or at every ``every``-th one (M3D: 5)."""
+    """A new random network, never trained: at every step (DM), or at every ``every``-th one (M3D: 5).
+
+    Attributes:
+        every: steps with one network, 1 or more.
+    """
 
     every: int = 1
 
@@ -66,18 +70,25 @@ class Queue:
     Paper and code: the training accuracy of a network is cleared by the published code at every evaluation, so that how often one
     evaluates changes the result (``meter="reset"``); here it is by default a running mean that is never cleared. Training batches
     are drawn with replacement.
+
+    Attributes:
+        size: networks kept, 1 or more; 1, with start 0, interval 1 and steps 0: as Fresh, anew at every step.
+        start: networks at the beginning; interval: a new one every so many steps.
+        fetch: networks trained after every step; steps: so many of SGD each; lr, momentum, decay: of that SGD; batch: real images of all
+            classes, not augmented.
+        meter: "running"; "reset": cleared as published; reset_every: so many steps.
     """
 
-    size: int = 100  # networks kept; 1, with start 0, interval 1 and steps 0: as Fresh, anew at every step
-    start: int = 3  # networks at the beginning
-    interval: int = 30  # a new network every so many steps
-    fetch: int = 2  # networks trained after every step
-    steps: int = 10  # so many SGD steps each
-    batch: int = 256  # real images of all classes, not augmented
+    size: int = 100
+    start: int = 3
+    interval: int = 30
+    fetch: int = 2
+    steps: int = 10
+    batch: int = 256
     lr: float = 0.01
     momentum: float = 0.9
     decay: float = 5e-4
-    meter: str = "running"  # "reset": cleared every reset_every steps, as published
+    meter: str = "running"
     reset_every: int = 100
 
     def __post_init__(self):

@@ -43,19 +43,23 @@ class Teacher:
     """How the teacher is trained: by default torchvision's classification recipe as WMDD's script calls it.
 
     SGD along a cosine to 0 by epochs, no warm-up, no label smoothing; the weights of the last epoch are used.
+
+    Attributes:
+        network: any of ``lib.nets`` with batch norm, or torchvision-<name>[-tiny].
+        epochs, lr, momentum, weight_decay, batch: of SGD.
+        augmentation: "resized": random resized crop and flip; or "none", or families of ``lib.augment``, all applied.
+        weights: instead of training: "pretrained", or a file of save_teacher; seed: one teacher for all distilled sets.
     """
 
-    network: str = "torchvision-resnet18"  # any of lib.nets with batch norm, or torchvision-<name>[-tiny]
+    network: str = "torchvision-resnet18"
     epochs: int = 50
     lr: float = 0.025
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch: int = 32
-    augmentation: str = (
-        "resized"  # random resized crop and flip; or "none", or families of lib.augment, all applied
-    )
-    weights: str = ""  # instead of training: "pretrained", or a file of save_teacher
-    seed: int = 0  # one teacher for all distilled sets
+    augmentation: str = "resized"
+    weights: str = ""
+    seed: int = 0
 
     def __post_init__(self):
         if self.augmentation != "resized":

@@ -33,17 +33,20 @@ LOOKS = 8  # at the train accuracy in an epoch, where it decides when to stop
 
 @dataclass(frozen=True)
 class Proxy:
-    """How the proxy is trained; the defaults are those of DeepCore's and LCMat's published commands."""
+    """How the proxy is trained; the defaults are those of DeepCore's and LCMat's published commands.
+
+    Attributes:
+        network: a name of ``lib.nets``; epochs, lr, weight_decay, batch: of SGD at a constant rate; momentum: Nesterov's.
+        until: ours: stop where so much of the training images is right, looked at LOOKS times per epoch; None: never.
+    """
 
     network: str = "resnet18-batch"
     epochs: int = 10
-    lr: float = 0.1  # constant
-    momentum: float = 0.9  # Nesterov's
+    lr: float = 0.1
+    momentum: float = 0.9
     weight_decay: float = 5e-4
     batch: int = 128
-    until: float | None = (
-        None  # ours: stop where so much of the training images is right; looked at LOOKS times per epoch
-    )
+    until: float | None = None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class RandomBatches:
-    """Uniformly, without replacement within a batch."""
+    """Uniformly, without replacement within a batch.
+
+    Attributes:
+        name: as tables have it.
+    """
 
     name: str = "random"
 
@@ -60,16 +64,25 @@ class Representative:
 
     The clustering draws from a generator of its own, which begins from the seed of the main one; the main one moves on as if
     a random batch had been drawn. So two runs that differ in their samplers alone see the same networks and augmentations.
+
+    Attributes:
+        every: draws between two clusterings, I; clusters: per class, None: as many as fill the batch; per_cluster: images nearest to each
+            centroid (sub-clusters of DREAM+).
+        rule: what is representative: "kmeans"; the others of :data:`RULES` are ablations.
+        start: of the centroids, "random" or "k-means++"; warm: start from those of the same network's last clustering: fewer iterations;
+            iterations: of k-means, at most.
+        backend: of k-means: "sklearn" on a CPU, "torch" for all classes at once on a GPU; "auto" takes the one that suits.
+        name: as tables have it.
     """
 
-    every: int = 10  # draws between two clusterings, I
-    clusters: int | None = None  # per class; None: as many as fill the batch
-    per_cluster: int = 1  # images nearest to each centroid (sub-clusters of DREAM+)
-    rule: str = "kmeans"  # what is representative; the others are ablations (RULES)
-    start: str = "random"  # of the centroids; or "k-means++"
-    warm: bool = False  # start from the centroids of the same network's last clustering: fewer iterations
+    every: int = 10
+    clusters: int | None = None
+    per_cluster: int = 1
+    rule: str = "kmeans"
+    start: str = "random"
+    warm: bool = False
     iterations: int = 100
-    backend: str = "auto"  # of k-means: "sklearn" on a CPU, "torch" for all classes at once on a GPU
+    backend: str = "auto"
     name: str = "representative"
 
     def __post_init__(self):

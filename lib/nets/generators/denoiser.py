@@ -77,7 +77,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Denoiser(Prior):
-    """A kind of diffusion prior."""
+    """A kind of diffusion prior. The fields are Prior's."""
 
     guided: ClassVar[int | None] = None  # channels that are guided; None: all
     clip: ClassVar[bool] = True  # the predicted clean image, while sampling
@@ -105,13 +105,20 @@ class Denoiser(Prior):
 
 @dataclass(frozen=True)
 class PixelUNet(Denoiser):
-    """A UNet on pixels in [-1, 1], trained here: AdamW, labels dropped, a running mean of the weights. For small images."""
+    """A UNet on pixels in [-1, 1], trained here: AdamW, labels dropped, a running mean of the weights. For small images.
+
+    The other fields are Prior's.
+
+    Attributes:
+        width: channels of the first level; times: T, 2 or more.
+        drop: part of the labels, below 1; 0: no null class, and no guidance; average: decay of the running mean, below 1.
+    """
 
     kind: ClassVar[str] = "unet"
     steps: int = 600
     width: int = 48
-    times: int = 200  # T
-    drop: float = 0.1  # of labels; 0: no null class, and no guidance
+    times: int = 200
+    drop: float = 0.1
     average: float = 0.99
 
     def __post_init__(self) -> None:
@@ -154,15 +161,17 @@ class LatentDiT(Denoiser):
     """DiT-XL/2 at 256 pixels: ``weights`` and ``autoencoder`` are yours.
 
     The classes of the data are told to the network by their positions in ImageNet-1K (``lib.data.subsets``).
+    The other fields are Prior's.
+
+    Attributes:
+        autoencoder: to encode: a folder that diffusers' AutoencoderKL reads, or its name; decoder: to decode, alike.
     """
 
     kind: ClassVar[str] = "dit-xl-2"
     guided: ClassVar[int | None] = 3
     clip: ClassVar[bool] = False
-    autoencoder: str = (
-        "stabilityai/sd-vae-ft-ema"  # to encode: a folder that diffusers' AutoencoderKL reads, or its name
-    )
-    decoder: str = "stabilityai/sd-vae-ft-mse"  # to decode
+    autoencoder: str = "stabilityai/sd-vae-ft-ema"
+    decoder: str = "stabilityai/sd-vae-ft-mse"
 
     def make(self, like) -> DiT:
         return DiT(**XL2).to(like.device)

@@ -190,24 +190,30 @@ def critic_step(
 
 @dataclass(frozen=True)
 class ACGAN(Prior):
-    """DiM's first stage: one step of the generator and one of the critic on every real batch."""
+    """DiM's first stage: one step of the generator and one of the critic on every real batch. The other fields are Prior's.
+
+    Attributes:
+        steps: default: 150 epochs of CIFAR-10; lr, batch: of both networks; noise: numbers of a latent.
+        width: of the generator; least: side of its smallest map; convs: after each doubling.
+        critic_width, critic_convs: of the critic, strided: which of its convolutions halve the side.
+        penalty: weight of the gradient penalty, above 0; penalty_every: taken in every so many steps, at as many times the weight.
+        average: decay of a running mean of the generator's weights, which is then the generator; 0: none.
+    """
 
     kind: ClassVar[str] = "acgan"
-    steps: int = 150 * (50_000 // 128)  # 150 epochs of CIFAR-10
+    steps: int = 150 * (50_000 // 128)
     lr: float = 1e-4
     batch: int = 128
     noise: int = 100
     width: int = 196
-    least: int = 4  # side of the smallest map
-    convs: tuple[int, ...] = (3, 1, 0)  # of the generator, after each doubling
+    least: int = 4
+    convs: tuple[int, ...] = (3, 1, 0)
     critic_width: int = 196
     critic_convs: int = 8
     strided: tuple[int, ...] = (2, 4, 8)
     penalty: float = 10.0
-    penalty_every: int = 1  # the penalty in every so many steps, at as many times the weight
-    average: float = (
-        0.0  # decay of a running mean of the generator's weights, which is then the generator; 0: none
-    )
+    penalty_every: int = 1
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

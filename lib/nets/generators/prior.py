@@ -121,15 +121,21 @@ class Prior(ABC):
     """How a prior is trained. Kinds add fields of their own and change defaults.
 
     ``kind`` is the name under which files and ``lib.nets.generators.KINDS`` know the class.
+
+    Attributes:
+        steps: of the training, 0 or more; lr: above 0; batch: images, 1 or more.
+        weights: a file of save_prior instead of training; foreign: whether it may be of other data of the same shape and number of
+            classes.
+        seed: one prior for all distilled sets.
     """
 
     kind: ClassVar[str]
     steps: int = 500
     lr: float = 2e-3
     batch: int = 64
-    weights: str = ""  # a file of save_prior instead of training
-    foreign: bool = False  # whether that file may be of other data of the same shape and number of classes
-    seed: int = 0  # one prior for all distilled sets
+    weights: str = ""
+    foreign: bool = False
+    seed: int = 0
 
     def __post_init__(self) -> None:
         whole(self, steps=0, batch=1)
@@ -157,6 +163,8 @@ class Prior(ABC):
 @dataclass(frozen=True)
 class Brought(Prior):
     """A prior that the user brings: large generators of others are no part of this companion.
+
+    The other fields are Prior's.
 
     Attributes:
         what: the generator that a paper used; where: who publishes its weights.

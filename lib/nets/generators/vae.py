@@ -168,11 +168,16 @@ def elbo(recon: Tensor, x: Tensor, mean: Tensor, log_var: Tensor) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class VAE(Prior):
-    """Adam along a line to 0."""
+    """Adam along a line to 0. The other fields are Prior's.
 
-    beta: float = 0.3  # of the KL divergence
-    warm_up: int = 0  # steps in which the rate grows from 0
-    clip: float | None = None  # of the gradient's norm
+    Attributes:
+        beta: of the KL divergence, above 0; width: of the networks.
+        warm_up: steps in which the rate grows from 0; clip: of the gradient's norm, None: none.
+    """
+
+    beta: float = 0.3
+    warm_up: int = 0
+    clip: float | None = None
     width: int = 64
 
     def __post_init__(self) -> None:
@@ -204,7 +209,11 @@ class VAE(Prior):
 
 @dataclass(frozen=True)
 class LayeredVAE(VAE):
-    """About 200,000 numbers; 500 steps on digits take a core 17 seconds."""
+    """About 200,000 numbers; 500 steps on digits take a core 17 seconds. The other fields are VAE's.
+
+    Attributes:
+        latent: numbers of a code.
+    """
 
     kind: ClassVar[str] = "layered"
     latent: int = 32
@@ -215,7 +224,11 @@ class LayeredVAE(VAE):
 
 @dataclass(frozen=True)
 class SpatialVAE(VAE):
-    """About 190,000 numbers; 600 steps on photographs of 16 pixels take a core 27 seconds."""
+    """About 190,000 numbers; 600 steps on photographs of 16 pixels take a core 27 seconds. The other fields are VAE's.
+
+    Attributes:
+        latent: channels of a code.
+    """
 
     kind: ClassVar[str] = "spatial"
     steps: int = 600
