@@ -192,6 +192,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path):
         ({"epochs": 0}, "epochs must be a whole number of at least 1"),
         ({"gradient": "x"}, "unknown mode of unrolling 'x'"),
         ({"rate": 0.0}, "rate 0.0 is not allowed"),
+        ({"real_batch": 0}, "real_batch must be a whole number of at least 1"),
+        ({"network": "convnet-d2-w4-batch"}, "keeps running statistics"),
     ],
 )
 def test_wrong_settings_are_one_line(toy, change, said):

@@ -119,8 +119,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(toy, tmp_path):
         ({"objective": "mse"}, "unknown objective 'mse'"),
         ({"window": 0}, "window must be a whole number of at least 1"),
         ({"eta": 0.0}, "eta 0.0 is not allowed"),
+        ({"experts": replace(QUICK.experts, epochs=1)}, "experts of 1 epochs, but epoch .* is read"),
+        ({"network": "convnet-d2-w4-batch"}, "keeps running statistics"),
     ],
 )
-def test_wrong_settings_are_one_line(change, said):
-    with pytest.raises(CompanionError, match=said):
-        replace(QUICK, **change)
+def test_wrong_settings_are_one_line(toy, change, said):
+    with pytest.raises(CompanionError, match=said) as caught:
+        replace(QUICK, **change).begin(toy.train, 2, generator(0))
+    assert "\n" not in str(caught.value)

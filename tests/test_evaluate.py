@@ -112,6 +112,23 @@ def test_learned_rates_are_used_where_the_protocol_says_so(toy):
     assert learned.mean() < 0.7 < evaluate(real(toy, 5), toy, QUICK).accuracy.mean()
 
 
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ([0.1, 0.2], "2 learned rates, protocol 'quick' takes 1: allowed are .*evaluate_schedule"),
+        (0.0, "learned rate 0 of the set under protocol 'quick': allowed above 0"),
+        (-0.01, "learned rate -0.01 of the set"),
+    ],
+)
+def test_learned_rates_that_no_training_can_take_are_one_line(toy, rates, said):
+    """They used to fall back to the protocol's rate, silently."""
+    synset = real(toy, step_size=torch.tensor(rates))
+    with pytest.raises(CompanionError, match=said) as caught:
+        evaluate(synset, toy, replace(QUICK, name="quick", learned_lr=True))
+    assert "\n" not in str(caught.value)
+    assert torch.equal(evaluate(synset, toy, QUICK).accuracy, evaluate(real(toy), toy, QUICK).accuracy)
+
+
 def test_weights_and_label_kinds_matter(toy):
     images = real(toy, 2)
     off = images.labels.clone()

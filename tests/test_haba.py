@@ -158,8 +158,24 @@ def test_what_drives_it_decides_whether_a_rate_is_learned(toy):
         ({"identity": 1.5}, "identity 1.5 of hallucinators: allowed 0 to 1"),
         ({"batch": 7}, "batch 7 of a student: there are 6 bases"),
         ({"init": "mix"}, "unknown init 'mix'"),
+        ({"network": "convnet-d2-w4-batch"}, "keeps running statistics"),
     ],
 )
 def test_wrong_settings_are_one_line(toy, change, said):
-    with pytest.raises(CompanionError, match=said):
+    with pytest.raises(CompanionError, match=said) as caught:
         replace(QUICK, **change).begin(toy.train, 2, generator(0))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1"),
+        ({"rate": 0.0}, "rate 0.0 is not allowed"),
+        ({"experts": Experts(2, epochs=2)}, "experts of 2 epochs, but epoch 3 is read: allowed 3 or more"),
+    ],
+)
+def test_wrong_students_are_one_line(toy, change, said):
+    with pytest.raises(CompanionError, match=said) as caught:
+        replace(QUICK, objective=replace(STUDENTS, **change)).begin(toy.train, 2, generator(0))
+    assert "\n" not in str(caught.value)

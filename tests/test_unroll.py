@@ -11,6 +11,7 @@ from helpers import generator, toy_data
 from torch import nn
 
 from lib import nets
+from lib.match import unroll
 from lib.match.trajectory import relative_distance
 from lib.match.unroll import MODES, Step, walk
 from lib.nets import experts as recorder
@@ -111,6 +112,22 @@ def test_the_reverse_sweep_is_automatic_differentiation(net, own, soft):
     torch.testing.assert_close(swept[0].losses, exact[0].losses, rtol=1e-12, atol=1e-12)
     for mine, wanted in zip([*swept[2], swept[3]], [*exact[2], exact[3]], strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [None, 2])
+@pytest.mark.parametrize("mode", ["recompute", "tesla"])
+def test_a_step_may_be_taken_in_parts(net, own, mode, monkeypatch):
+    """Images too large for one graph: parts of 4 and 2, whose shares of the mean differ."""
+    theta, target = weights(net, 2), weights(net, 2, seed=7)
+    steps = some_steps(3, own=own)
+    whole = pulled(net, theta, steps, mode, target)
+    monkeypatch.setattr(unroll, "rows_at_once", lambda *_: 4)
+    assert [share for *_, share in unroll.parts(net, *steps[0].batch, 2)] == [4 / 6, 2 / 6]
+    in_parts = pulled(net, theta, steps, mode, target)
+    torch.testing.assert_close(in_parts[0].end, whole[0].end, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(in_parts[0].losses, whole[0].losses, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(in_parts[1:], whole[1:], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_it_is_the_derivative_that_finite_differences_find(net):

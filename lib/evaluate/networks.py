@@ -74,8 +74,8 @@ def evaluate(
         cache: return a stored result of the same sets, data, protocol, seed and code.
         network: another one than the protocol's, a name or what makes a module; results of the latter have no name to be kept under.
     Raises:
-        CompanionError: nothing to evaluate; a seed that is none; sets of other classes, sizes or another space than the data; a network
-            that gives no logits of these images, or is to be cached without a name.
+        CompanionError: nothing to evaluate; a seed that is none; sets of other classes, sizes or another space than the data; learned
+            rates that the protocol cannot take; a network that gives no logits of these images, or is to be cached without a name.
     """
     sets = [sets] if isinstance(sets, SyntheticSet) else list(sets)
     if network is not None:
@@ -164,7 +164,7 @@ def train(
     after_epoch=None,
 ) -> None:
     """Train K networks on ``(K or 1, m, ...)`` images under a protocol, in place; ``after_epoch`` as in ``sgd_steps``."""
-    rate, fresh = schedule(protocol.schedule, lr or protocol.lr, protocol.epochs)
+    rate, fresh = schedule(protocol.schedule, protocol.lr if lr is None else lr, protocol.epochs)
     sgd_steps(
         networks,
         images,
@@ -205,12 +205,24 @@ def _together(sets: list[SyntheticSet], count: int, test, protocol: Protocol) ->
 
 
 def _rate(synset: SyntheticSet, protocol: Protocol) -> float:
+    """The learning rate: the set's own, where it has one and the protocol takes it.
+
+    Raises:
+        CompanionError: one rate per step (DD), which no ordinary training can follow; a rate that no training descends with.
+    """
     learned = synset.step_size
-    return (
-        float(learned)
-        if protocol.learned_lr and learned is not None and learned.numel() == 1
-        else protocol.lr
-    )
+    if not protocol.learned_lr or learned is None:
+        return protocol.lr
+    if learned.numel() != 1:
+        raise CompanionError(
+            f"the set has {learned.numel()} learned rates, protocol {protocol.name!r} takes 1: allowed are "
+            "lib.evaluate.schedule.evaluate_schedule, which follows them, or learned_lr=False"
+        )
+    if not float(learned) > 0:
+        raise CompanionError(
+            f"learned rate {float(learned):g} of the set under protocol {protocol.name!r}: allowed above 0, or learned_lr=False"
+        )
+    return float(learned)
 
 
 def network_seed(seed: int, which_set: int, network: int) -> int:

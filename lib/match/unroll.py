@@ -9,7 +9,7 @@ them through its augmentation or renderer in one backward pass. Three ways (``mo
 ``bptt``       automatic differentiation through all steps; keeps N graphs.
 ``recompute``  the reverse sweep: for n = N-1 .. 0 build the graph of one step again and pull $-\eta_n u$ through $g_n$, which
                gives the images' cotangent and what is added to u; $\partial\mathcal L/\partial\eta_n=-\langle g_n,u\rangle$.
-               Exact, with the memory of one step.
+               Exact, with the memory of one step, or of a part of its images where these are large.
 ``tesla``      the same sweep with u held fixed (TESLA, arXiv 2211.10586): later gradients no longer depend on earlier images. Exact
                for N = 1 and to first order in the rate.
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.nets.flat import logits
-from lib.nets.training import batch_loss
+from lib.nets.training import batch_loss, rows_at_once
 from lib.system.errors import CompanionError, choose
 
 
@@ -86,6 +86,15 @@ def gradient(
     return losses.detach(), g
 
 
+def parts(
+    template: nn.Module, x: Tensor, y: Tensor, networks: int
+) -> list[tuple[Tensor, Tensor, float]]:
+    """A batch ``(K or 1, n, ...)`` in parts, each with its share of the mean over n: the gradient is linear in the images'
+    losses, as no network here mixes images, so the graph of one part at a time suffices. One part on a GPU, and where maps are small."""
+    n, rows = x.shape[1], rows_at_once(template, x[0], networks)
+    return [(a, b, a.shape[1] / n) for a, b in zip(x.split(rows, 1), y.split(rows, 1), strict=True)]
+
+
 def _bptt(template: nn.Module, theta: Tensor, steps: Sequence[Step]) -> Walk:
     images = [step.batch[0].requires_grad_() for step in steps]
     rates = [step.rate.detach().clone().requires_grad_() for step in steps]
@@ -105,21 +114,28 @@ def _bptt(template: nn.Module, theta: Tensor, steps: Sequence[Step]) -> Walk:
 def _sweep(template: nn.Module, theta: Tensor, steps: Sequence[Step], exact: bool) -> Walk:
     thetas, losses = [theta.detach()], []
     for step in steps:
-        loss, g = gradient(template, thetas[-1].requires_grad_(), *step.batch)
-        thetas.append((thetas[-1] - step.rate * g).detach())
-        losses.append(loss)
+        begin, seen, move = thetas[-1].requires_grad_(), 0, 0
+        for x, y, share in parts(template, *step.batch, len(theta)):
+            loss, g = gradient(template, begin, x, y)
+            seen, move = seen + share * loss, move + share * g
+        thetas.append((begin - step.rate * move).detach())
+        losses.append(seen)
 
     def pull(u: Tensor) -> tuple[list[Tensor], Tensor]:
         images, rates = [], []
         for step, theta_n in zip(reversed(steps), reversed(thetas[:-1]), strict=True):
-            (x, y), eta = step.batch, step.rate.detach()
-            x.requires_grad_()
-            _, g = gradient(template, theta_n, x, y, graph=True)
-            rates.append(-(g.detach() * u).sum())
-            wanted = (x, theta_n) if exact else (x,)
-            dx, *dtheta = torch.autograd.grad(g, wanted, -eta * u, materialize_grads=True)
-            images.append(dx)
-            u = u + dtheta[0] if exact else u
+            eta, pieces, rate, back = step.rate.detach(), [], 0, 0
+            for x, y, share in parts(template, *step.batch, len(theta)):
+                x.requires_grad_()
+                _, g = gradient(template, theta_n, x, y, graph=True)
+                rate = rate - share * (g.detach() * u).sum()
+                wanted = (x, theta_n) if exact else (x,)
+                dx, *dtheta = torch.autograd.grad(g, wanted, -eta * share * u, materialize_grads=True)
+                pieces.append(dx)
+                back = back + dtheta[0] if exact else back
+            images.append(torch.cat(pieces, 1))
+            rates.append(rate)
+            u = u + back
         return _shaped(images[::-1], steps), torch.stack(rates[::-1])
 
     return Walk(thetas[-1], torch.stack(losses), pull)

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from lib.data.imageset import ImageSet
 from lib.formation.start import initial_pixels
-from lib.match.unroll import MODES, Step, walk
+from lib.match.unroll import MODES, Step, gradient, parts, walk
 from lib.nets.experts import Experts
-from lib.nets.flat import logits, template
+from lib.nets.flat import template
 from lib.nets.starts import Fixed, Pretrained, Random
-from lib.nets.training import batch_loss
 from lib.recipes import Recipes, published, small
 from lib.synset import SyntheticSet, class_major
 from lib.system.errors import CompanionError, choose, positive, whole
@@ -154,9 +153,11 @@ def real_loss(
     """
     if attack is not None:
         y = torch.where(y == attack[0], attack[1], y)
-    theta = theta.detach().requires_grad_()
-    losses = batch_loss(logits(like, theta, x.unsqueeze(0)), y.unsqueeze(0))
-    return losses.detach(), torch.autograd.grad(losses.sum(), theta)[0]
+    theta, losses, u = theta.detach().requires_grad_(), 0, 0
+    for x_part, y_part, share in parts(like, x.unsqueeze(0), y.unsqueeze(0), len(theta)):
+        loss, g = gradient(like, theta, x_part, y_part)
+        losses, u = losses + share * loss, u + share * g
+    return losses, u
 
 
 _PAPER = DD()
