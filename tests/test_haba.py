@@ -13,9 +13,10 @@ from test_distill import interrupted, same
 from lib.distill import distill, learned
 from lib.evaluate import evaluate, protocol
 from lib.formation import Hallucinators
+from lib.match.rendered import Features, Trajectories
 from lib.match.supervised_contrast import alike, supcon
 from lib.methods.dm import DM
-from lib.methods.haba import Features, HaBa, Trajectories
+from lib.methods.haba import HaBa
 from lib.methods.mtt import MTT
 from lib.nets.experts import Experts
 from lib.synset import SyntheticSet

@@ -11,7 +11,7 @@ from helpers import generator
 from test_distill import interrupted, same
 
 from lib.distill import distill
-from lib.match.trajectory import relative_distance
+from lib.match.trajectory import chunks, keep_above, relative_distance, segment
 from lib.match.unroll import Step, walk
 from lib.methods import mtt
 from lib.methods.mtt import MTT
@@ -62,7 +62,7 @@ def test_experts_come_in_passes_from_epochs_below_the_bound(toy, monkeypatch):
     assert state.experts.shape[:2] == (3, method.reach + 1) and method.reach == 4
     starts = []
     for _ in range(12):
-        start, target = mtt.segment(state, 3, 2, g)
+        start, target = segment(state, 3, 2, g)
         ((k, t),) = (state.experts == start[0]).all(2).nonzero().tolist()
         assert torch.equal(target[0], state.experts[k, t + 2])
         starts.append((k, t))
@@ -71,10 +71,10 @@ def test_experts_come_in_passes_from_epochs_below_the_bound(toy, monkeypatch):
 
 
 def test_the_short_chunk_of_a_permutation_comes_first():
-    rows = list(mtt.chunks(10, 4, 6, generator(0)))
+    rows = list(chunks(10, 4, 6, generator(0)))
     assert [len(r) for r in rows] == [2, 4, 4, 2, 4, 4]
     assert sorted(torch.cat(rows[:3]).tolist()) == list(range(10)) == sorted(torch.cat(rows[3:]).tolist())
-    assert [len(r) for r in mtt.chunks(5, None, 2, generator(0))] == [5, 5]
+    assert [len(r) for r in chunks(5, None, 2, generator(0))] == [5, 5]
 
 
 def test_the_experts_own_batches_lead_where_it_went(toy):
@@ -97,7 +97,7 @@ def test_soft_labels_are_the_targets(toy):
     again = generator(0)
     again.set_state(kept)
     state.deck = []
-    _, target = mtt.segment(state, method.start_epochs, method.expert_epochs, again)
+    _, target = segment(state, method.start_epochs, method.expert_epochs, again)
     torch.testing.assert_close(state.labels, mtt.expert_labels(state.template, target, before))
     assert method.finish(state).soft and state.labels.sum(1).allclose(torch.ones(6))
 
@@ -107,7 +107,7 @@ def test_a_rate_that_would_vanish_is_kept_and_said_once():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         for rate in rates:
-            mtt.keep_above(rate, 0.5)
+            keep_above(rate, 0.5)
     assert [str(w.message) for w in said] == ["the learned rate fell below 0.5 and is kept there"]
     assert [rate.item() for rate in rates] == pytest.approx([0.5, 0.5, 0.7])
 

@@ -12,10 +12,10 @@ from helpers import generator, toy_data
 
 from lib.distill import distill
 from lib.match.features import ClassMean
+from lib.match.rendered import Trajectories
 from lib.match.style import Diversity, Gram, Moments
 from lib.methods import METHODS
 from lib.methods import method as class_of
-from lib.methods.haba import Trajectories
 from lib.nets.experts import Experts
 from lib.nets.generators import LayeredVAE
 from lib.nets.generators.denoiser import PixelUNet

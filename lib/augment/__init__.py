@@ -293,4 +293,19 @@ def augment_by_class(images: Tensor, omega: Draw) -> Tensor:
     return apply(images.flatten(0, 1), omega.repeat(images.shape[1])).view(images.shape)
 
 
+def siamese(
+    real: Tensor, syn: Tensor, names: tuple[str, ...], generator: torch.Generator, mode: str = "single"
+) -> tuple[Tensor, Tensor]:
+    r"""$\mathcal A_\omega$ of ``(C, n, c, h, w)`` images with one new $\omega$ per class, shared by its real and synthetic ones."""
+    if not names:
+        return real, syn
+    omega = draw(names, len(real), generator, mode=mode)
+    return augment_by_class(real, omega), augment_by_class(syn, omega)
+
+
+def augmented(images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> Tensor:
+    """One family for all images, with parameters of their own."""
+    return apply(images, draw(names, 1, generator, rows=len(images))) if names else images
+
+
 guard(globals())

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib import augment, nets
-from lib.augment import augment_by_class, families
+from lib import nets
+from lib.augment import families, siamese
 from lib.data.imageset import ImageSet
 from lib.formation import Pixels, at_most, by_class, decode_by_class
 from lib.formation.start import SPACES, clamp_to_space, from_space, initial_codes, pixel_set
@@ -178,10 +178,7 @@ class DM:
         self, real: Tensor, syn: Tensor, train: ImageSet, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         r"""$\mathcal A_\omega$ with one $\omega$ per class, shared by its real and synthetic images."""
-        if names := families(self.augmentation, train):
-            omega = augment.draw(names, len(real), generator, mode=self.mode)
-            real, syn = augment_by_class(real, omega), augment_by_class(syn, omega)
-        return real, syn
+        return siamese(real, syn, families(self.augmentation, train), generator, self.mode)
 
     def observe_real(self, network: torch.nn.Module, real: Tensor) -> dict[str, Tensor]:
         """What the distance keeps of the real batch, in float32 and in parts of equal size; a batch norm sees all classes at

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.augment import families
+from lib.augment import augmented, families
 from lib.data.imageset import ImageSet
 from lib.formation.start import initial_pixels, pixel_set
 from lib.match.subspace import CUT, Subspace
 from lib.match.unroll import gradient
-from lib.methods.mtt import augmented
 from lib.nets.experts import Experts
 from lib.nets.flat import template
 from lib.recipes import Recipes, small

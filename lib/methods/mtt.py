@@ -17,19 +17,16 @@ stays above ``least_rate``. TESLA's code repeats a tuple where its formula doubl
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib import augment
-from lib.augment import families
+from lib.augment import augmented, families
 from lib.data.imageset import ImageSet
 from lib.formation.start import initial_pixels
-from lib.match.trajectory import relative_distance
+from lib.match.trajectory import chunks, keep_above, relative_distance, segment
 from lib.match.unroll import MODES, Step, walk
 from lib.nets.experts import Experts
 from lib.nets.flat import logits, template
@@ -150,43 +147,10 @@ class MTT:
         return SyntheticSet(pixels, labels, state.train.classes, state.train.transform, step_size=rate)
 
 
-def segment(state, start_epochs: int, span: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    r"""$\theta^*_t$ and $\theta^*_{t+M}$, ``(1, P)`` each: experts in a random order, again and again, each at a random t."""
-    if not state.deck:
-        order = torch.randperm(len(state.experts), generator=generator, device=generator.device)
-        state.deck = order.tolist()
-    k = state.deck.pop()
-    t = int(torch.randint(start_epochs, (), generator=generator, device=generator.device))
-    pair = state.experts[k, [t, t + span]].to(generator.device)
-    return pair[:1], pair[1:]
-
-
-def chunks(m: int, batch: int | None, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of S for every step: parts of a permutation, the last and perhaps short one first, as published."""
-    left: list[Tensor] = []
-    for _ in range(steps):
-        if not left:
-            left = list(torch.randperm(m, generator=generator, device=generator.device).split(batch or m))
-        yield left.pop()
-
-
-def augmented(images: Tensor, names: tuple[str, ...], generator: torch.Generator) -> Tensor:
-    """One family for all images, with parameters of their own."""
-    return augment.apply(images, augment.draw(names, 1, generator, rows=len(images))) if names else images
-
-
 @torch.no_grad()
 def expert_labels(like, theta: Tensor, images: Tensor) -> Tensor:
     """What a network makes of the images, ``(m, C)`` probabilities."""
     return logits(like, theta, images.unsqueeze(0))[0].softmax(1)
-
-
-def keep_above(rate: Tensor, least: float) -> None:
-    """Clamp a learned rate in place, and say so once."""
-    with torch.no_grad():
-        if not bool(rate >= least):
-            warnings.warn(f"the learned rate fell below {least:g} and is kept there", stacklevel=2)
-            rate.clamp_(min=least)
 
 
 _PAPER = MTT()
