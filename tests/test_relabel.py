@@ -10,8 +10,8 @@ from helpers import generator, killed_after, toy_data
 
 from lib import nets
 from lib.augment import views
-from lib.evaluate import relabel
-from lib.evaluate.relabel import FKD
+from lib.evaluate import relabel, soft_labels
+from lib.evaluate.soft_labels import FKD
 from lib.nets.ensemble import Ensemble
 from lib.synset import SyntheticSet, class_major
 from lib.system.arithmetic import PLAIN, Arithmetic
@@ -88,15 +88,15 @@ def test_replayed_twice_is_the_same_tensor(data, mix, order):
     for epoch in (0, 3):
         one, two = (
             [
-                relabel.apply_view(made.images, view, mix)
-                for view in relabel.epoch_views(protocol, 12, 8, epoch)
+                soft_labels.apply_view(made.images, view, mix)
+                for view in soft_labels.epoch_views(protocol, 12, 8, epoch)
             ]
             for _ in range(2)
         )
         assert [len(x) for x in one] == [5, 5, 2] and all(
             torch.equal(a, b) for a, b in zip(one, two, strict=True)
         )
-    rows = [torch.cat([v.rows for v in relabel.epoch_views(protocol, 12, 8, e)]) for e in (0, 1)]
+    rows = [torch.cat([v.rows for v in soft_labels.epoch_views(protocol, 12, 8, e)]) for e in (0, 1)]
     assert rows[0].sort().values.tolist() == list(range(12)) and not torch.equal(*rows)
 
 
@@ -105,9 +105,9 @@ def test_published_order_is_that_of_a_random_sampler():
 
     sampler = RandomSampler(range(13), generator=torch.Generator().manual_seed(42))
     epochs = [list(sampler) for _ in range(3)]
-    if [relabel.published_order(13, e, 42).tolist() for e in range(3)] != epochs:
+    if [soft_labels.published_order(13, e, 42).tolist() for e in range(3)] != epochs:
         # a PyTorch that draws one permutation per epoch agrees in the first
-        assert relabel.published_order(13, 0, 42).tolist() == epochs[0]
+        assert soft_labels.published_order(13, 0, 42).tolist() == epochs[0]
 
 
 def test_mixup_shares_follow_their_law():
@@ -124,10 +124,10 @@ def test_mixup_shares_follow_their_law():
 def test_stored_labels_train_like_computed_ones(data, tmp_path):
     made, teacher = some_set(data), teacher_of(data)
     for epochs in (range(0, 3), range(3, 4)):
-        relabel.store_labels(tmp_path, teacher, made, QUICK, epochs)
-    store = relabel.LabelStore(tmp_path, made, QUICK)
+        soft_labels.store_labels(tmp_path, teacher, made, QUICK, epochs)
+    store = soft_labels.LabelStore(tmp_path, made, QUICK)
     for epoch in range(4):
-        wanted = relabel.soft_labels(teacher, made, QUICK, epoch)
+        wanted = soft_labels.soft_labels(teacher, made, QUICK, epoch)
         assert torch.equal(store(epoch), wanted.half().float())  # 16 bits, nothing else
     trained = []
     for source in (teacher, store):
@@ -135,7 +135,7 @@ def test_stored_labels_train_like_computed_ones(data, tmp_path):
         relabel.train_by_distillation(networks, made, source, QUICK)
         trained.append(networks(data.test.images.unsqueeze(0)).detach())
     assert torch.allclose(*trained, atol=2e-2) and trained[0].std() > 0.1
-    assert relabel.label_bytes(QUICK, 12, 3) == 2 * 12 * 4 * 3 <= store.bytes < 2 * 12 * 4 * 3 + 2000
+    assert soft_labels.label_bytes(QUICK, 12, 3) == 2 * 12 * 4 * 3 <= store.bytes < 2 * 12 * 4 * 3 + 2000
 
 
 def test_networks_do_not_depend_on_their_neighbours(data):
@@ -168,8 +168,8 @@ def test_training_is_adamw_on_the_divergence_with_decay_on_matrices_only(data):
     for epoch in range(4):
         for group in optimiser.param_groups:
             group["lr"] = 3e-3 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 4)).item())
-        for view in relabel.epoch_views(protocol, 12, 8, epoch):
-            x = relabel.apply_view(made.images, view, "cutmix")
+        for view in soft_labels.epoch_views(protocol, 12, 8, epoch):
+            x = soft_labels.apply_view(made.images, view, "cutmix")
             t, s, w = (teacher(x) / 4).softmax(1), (plain(x) / 4).log_softmax(1), weights[view.rows]
             loss = ((w / w.mean()) * (t * (t.log() - s)).sum(1)).mean()
             optimiser.zero_grad()
@@ -231,7 +231,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(data, tmp_path, step, h
 
 def test_hard_targets_are_shares_of_pixels():
     labels = torch.tensor([0, 1, 2, 0])
-    view = relabel.View(
+    view = soft_labels.View(
         torch.tensor([3, 1, 2]),
         None,
         torch.zeros(3, dtype=torch.bool),
@@ -292,28 +292,28 @@ def test_unknown_precision():
 )
 def test_labels_of_other_views_are_refused(data, tmp_path, change, words):
     made = some_set(data)
-    path = relabel.store_labels(tmp_path, teacher_of(data), made, QUICK, range(4))
+    path = soft_labels.store_labels(tmp_path, teacher_of(data), made, QUICK, range(4))
     with pytest.raises(CompanionError, match="labels in .* are for") as error:
-        relabel.read_labels(path, made, replace(QUICK, **change))
+        soft_labels.read_labels(path, made, replace(QUICK, **change))
     assert words in str(error.value) and "\n" not in str(error.value)
-    assert relabel.read_labels(path, made, replace(QUICK, lr=1.0, temperature=9.0))[0] == range(
+    assert soft_labels.read_labels(path, made, replace(QUICK, lr=1.0, temperature=9.0))[0] == range(
         4
     )  # not of the views
 
 
 def test_labels_of_another_set_or_epoch_are_refused(data, tmp_path):
     made = some_set(data)
-    path = relabel.store_labels(tmp_path, teacher_of(data), made, QUICK, range(2))
+    path = soft_labels.store_labels(tmp_path, teacher_of(data), made, QUICK, range(2))
     with pytest.raises(CompanionError, match="are of another set of images"):
-        relabel.read_labels(path, some_set(data, 3), QUICK)
+        soft_labels.read_labels(path, some_set(data, 3), QUICK)
     with pytest.raises(CompanionError, match="no labels of epoch 2 in .*: relabel 0 to 3"):
-        relabel.LabelStore(tmp_path, made, QUICK)(2)
+        soft_labels.LabelStore(tmp_path, made, QUICK)(2)
     saved = made.save(tmp_path / "set.safetensors")
     with pytest.raises(CompanionError, match="holds no soft labels"):
-        relabel.read_labels(saved, made, QUICK)
+        soft_labels.read_labels(saved, made, QUICK)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CompanionError, match="damaged"):
-        relabel.read_labels(path, made, QUICK)
+        soft_labels.read_labels(path, made, QUICK)
 
 
 @pytest.mark.parametrize(

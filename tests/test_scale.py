@@ -22,7 +22,8 @@ from PIL import Image
 
 from lib.data.imageset import Data
 from lib.distill import distill
-from lib.evaluate.relabel import evaluate_by_distillation, soft_labels
+from lib.evaluate.relabel import evaluate_by_distillation
+from lib.evaluate.soft_labels import soft_labels
 from lib.recover.teacher import make_teacher, save_teacher, train_teacher
 from lib.scale import sizes
 from lib.scale.__main__ import main, numbers

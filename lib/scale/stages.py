@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lib.distill import identity
 from lib.evaluate.networks import accuracy, network_seed
-from lib.evaluate.relabel import LabelStore, fresh_networks, half_logits, label_bytes, train_by_distillation
+from lib.evaluate.relabel import fresh_networks, train_by_distillation
+from lib.evaluate.soft_labels import LabelStore, half_logits, label_bytes
 from lib.match.batchnorm import Watch
 from lib.nets.ensemble import Ensemble
 from lib.nets.training import predict

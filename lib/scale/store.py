@@ -18,7 +18,7 @@ import safetensors
 from torch import Tensor
 
 from lib.distill import describe
-from lib.evaluate.relabel import VIEWS
+from lib.evaluate.soft_labels import VIEWS
 from lib.scale.plan import Run
 from lib.scale.units import STAGES, Unit, method, recipe, units
 from lib.synset import read_safetensors

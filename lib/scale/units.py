@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.evaluate.relabel import FKD, distillation
+from lib.evaluate.relabel import distillation
+from lib.evaluate.soft_labels import FKD
 from lib.match.batchnorm import batch_norms
 from lib.methods import sre2l, wmdd
 from lib.methods.sre2l import SRe2L

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib.augment import views
 from lib.data.whitening import Standardise
-from lib.evaluate import relabel
+from lib.evaluate import relabel, soft_labels
 from lib.match import barycenter as ot
 from lib.match import batchnorm
 from lib.methods.sre2l import SRe2L
@@ -202,7 +202,7 @@ def wmdd_fkd(a: Arrays) -> Arrays:
         for lam, c in zip(a["bb_lam"].tolist(), a["bb_center"].tolist(), strict=True)
     ]
     n, batch, epochs = a["order_n_bs_epochs"].astype(int).tolist()
-    orders = [relabel.published_order(n, epoch, 42) for epoch in range(epochs)]
+    orders = [soft_labels.published_order(n, epoch, 42) for epoch in range(epochs)]
     cosine = cosine_schedule(1.0, len(a["cosine_factor"]))
     return out | {
         "cm_out": views.paste(x, partner, tuple(a["cm_bbox"].tolist())),
