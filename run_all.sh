@@ -313,7 +313,8 @@ case $command in
     use_environment
     cd "$COMPANION_CALLER" # paths among the words are relative to where they were typed
     # a folder given as a word would become the one that is served; results and figures are to be opened, too
-    exec "$python" -m jupyter lab --ServerApp.root_dir="$root" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb ${extra[@]+"${extra[@]}"}
+    exec "$python" -m jupyter lab --ServerApp.root_dir="$root" --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+      --ServerApp.contents_manager_class=workflow.lab.Notebooks ${extra[@]+"${extra[@]}"}
     ;;
   *)
     use_environment

@@ -10,12 +10,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import termios
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -581,48 +579,6 @@ def test_clean_keeps_committed_results_environment_and_data(project):
         for path in drop
     )
     assert not (project / "results/cpu/10_one/executed.ipynb").exists()
-
-
-def test_lab_serves_results_and_figures_beside_the_notebooks(project, tmp_path):
-    """And lands at the notebooks; `lab` is asked for them as a browser would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        "lab",
-        "--no-setup",
-        "--",
-        "--no-browser",
-        "--allow-root",
-        f"--port={port}",
-        "--IdentityProvider.token=t",
-    ]
-    process = subprocess.Popen(
-        [str(project / "run_all.sh"), *words], cwd=tmp_path, env=variables(JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime")),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-    def get(path: str):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/{path}", headers={"Authorization": "token t"}
-        )
-        return urllib.request.urlopen(request, timeout=LIMIT)
-
-    def answers() -> bool:
-        assert process.poll() is None
-        with contextlib.suppress(OSError):
-            return get("api/status").status == 200
-        return False
-
-    try:
-        wait_for(answers)
-        names = {entry["name"] for entry in json.load(get("api/contents"))["content"]}
-        assert {"notebooks", "results", "run_all.sh"} <= names
-        assert json.load(get("api/contents/results/cpu/10_one/table.csv"))["content"].startswith("value")
-        assert get("").url.endswith("/lab/tree/notebooks/00_start_here.ipynb")
-    finally:
-        process.terminate()
-        process.wait(timeout=LIMIT)
 
 
 def test_a_test_file_is_looked_for_where_the_command_was_typed(project):

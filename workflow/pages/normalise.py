@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import copy
 import re
 import sys
 from pathlib import Path
@@ -24,7 +25,10 @@ from lib.system.pictures import palette_png
 BYTES = 300_000  # of a notebook; pictures shrink until it fits
 # pixels across, and colours: what is tried, one after the other
 SIZES = ((1000, 256), (800, 256), (640, 256), (640, 64), (480, 64), (360, 64), (360, 32), (300, 32))
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # ipykernel's remark on its own transport, harmless; every other line on stderr stays.
 TRANSPORT = re.compile(r"^.*Kernel is running over TCP without encryption.*\n?", re.M)
@@ -52,7 +56,7 @@ def _notebook(text: str):
 
 def _written(node, width: int, colours: int) -> str:
     node.nbformat, node.nbformat_minor = 4, 5
-    node.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    node.metadata = copy.deepcopy(METADATA)
     node.cells = [cell for cell in node.cells if not _injected(cell)]
     count = 0
     for number, cell in enumerate(node.cells):
