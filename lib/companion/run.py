@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ def start(
     seed: int = 0,
     dataset: str | None = None,
     ipc: int | None = None,
+    changes: dict[str, dict] | None = None,
     device: str | None = None,
     threads: int | None = None,
     title: str = "",
@@ -58,6 +59,8 @@ def start(
         profile: ``cpu``, ``overnight`` or ``paper``.
         seed: whole number from 0 to 2^32 - 1; every generator of the run derives from it.
         dataset, ipc: override the profile's cases (see :func:`lib.companion.profiles.cases_of`).
+        changes: fields of a profile that are others in this notebook, by the profile's name: ``{"overnight": {"sets": 3}}``; ``cases``
+            hold as long as no data set is asked for.
         device: ``cpu``, ``cuda``, ...; default the profile's.
         title, claim: heading and one-line claim of the gallery card.
 
@@ -77,6 +80,8 @@ def start(
         _whole("threads", threads, 1)
     if not NAME.fullmatch(notebook):
         raise CompanionError(f"a notebook's name is its file name without suffix, not {notebook!r}")
+    own = (changes or {}).get(profile, {})
+    chosen = replace(chosen, **(own | ({} if dataset is None else {"cases": chosen.cases})))
     cases = cases_of(chosen, dataset, ipc)
     where = resolve_device(device or chosen.device)
 

@@ -151,10 +151,13 @@ _DIGITS = DCGM(iterations=150, real_batch=64, network="convnet-d2-w32", augmenta
 _PHOTOS = replace(
     _DIGITS, prior=SpatialVAE(), start="encoder", real_batch=32, network="convnet-d3-w32", augmentation="data"
 )  # fmt: skip
+_AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
+_FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), real_batch=32, network="convnet-d3-w32")
 _BIGGAN = Brought(what="BigGAN 32", where="G_Pretrained_*.pth of github.com/VICO-UoE/IT-GAN")
 _OURS = "our choices, not tried: no settings of the authors are known"
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small("fashion14", _FASHION, source=_AS_DIGITS),
     small("photos16 photos32", _PHOTOS),
     [
         Recipe("cifar10", ipc, DCGM(_BIGGAN, lr_generator=1e-5), "dsa", _OURS, "reconstruction")

@@ -216,14 +216,14 @@ def _stylegan(size: int) -> Brought:
 
 _DM = DM(iterations=150, real_batch=64, network="convnet-d2-w32", augmentation="none", init="noise")
 _DIGITS = GLaD(objective=_DM, space="w", iterations=150, lr=0.1, chunk=None)
+_DEEP = {"real_batch": 32, "network": "convnet-d3-w32"}
 _PHOTOS = replace(
-    _DIGITS, prior=SpatialVAE(), objective=replace(_DM, real_batch=32, network="convnet-d3-w32", augmentation="data"),
-    space="z", lr=1.0,
-)  # fmt: skip
-_DC = DC(real_batch=64, network="convnet-d2-w32", inner=1, epochs=1)
-_PHOTOS_DC = replace(
-    _PHOTOS, objective=replace(_DC, real_batch=32, network="convnet-d3-w32", augmentation="data"), lr=0.1
+    _DIGITS, prior=SpatialVAE(), objective=replace(_DM, **_DEEP, augmentation="data"), space="z", lr=1.0
 )
+_DC = DC(real_batch=64, network="convnet-d2-w32", inner=1, epochs=1)
+_PHOTOS_DC = replace(_PHOTOS, objective=replace(_DC, **_DEEP, augmentation="data"), lr=0.1)
+_AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
+_FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), objective=replace(_DM, **_DEEP))
 _SETS = "imagenet-a imagenet-b imagenet-c imagenet-d imagenet-e"
 _CODE = "defaults and README of the released code"
 
@@ -248,6 +248,8 @@ def _published(size: int, network: str, ipc: tuple[int, ...]):
 RECIPES = Recipes(
     small("digits", _DIGITS),
     small("digits", replace(_DIGITS, objective=_DC, lr=0.01), variant="DC"),
+    small("fashion14", _FASHION, source=_AS_DIGITS),
+    small("fashion14", replace(_FASHION, objective=replace(_DC, **_DEEP), lr=0.01), variant="DC", source=_AS_DIGITS),
     small("photos16 photos32", _PHOTOS),
     small("photos16 photos32", _PHOTOS_DC, variant="DC"),
     *_published(128, "convnet-d5-w128", (1, 10)),

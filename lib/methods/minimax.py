@@ -219,11 +219,16 @@ _DIGITS = Minimax(
     sampling_steps=25,
     guidance=2.0,
 )
+_FASHION = replace(_DIGITS, prior=replace(_DIGITS.prior, steps=800))
+_PHOTOS = replace(_DIGITS, prior=replace(_DIGITS.prior, steps=800))
+_LONGER = "the settings of digits with a longer trained network, not chosen on these data"
 _COMMAND = "published commands and section 4.1; weights='FILE' of DiT-XL/2 and an autoencoder are the user's; there random resized crops"
 _PHASED = f"{_COMMAND}; phases of 20 classes (authors, issues 5 and 9)"
 _TEN = "imagenette imagewoof imageidc"
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small("fashion14", _FASHION, source=_LONGER),
+    small("photos16 photos32", _PHOTOS, source=_LONGER),
     published(_TEN, 10, _PAPER, "idc-imagenet-2000", _COMMAND),
     published(_TEN, (20, 50), _PAPER, "idc-imagenet-1500", _COMMAND),
     published("imagewoof", (70, 100), _PAPER, "idc-imagenet-1000", _COMMAND),
