@@ -33,6 +33,7 @@ def like(channels=3, classes=10, size=32, padding=1):
         ("mlp", like(), 411_146),
         ("lenet", like(), 62_006),
         ("resnet18", like(), 11_173_962),
+        ("resnet10", like(), 4_903_242),
     ],
 )
 def test_published_parameter_counts(name, kind, count):

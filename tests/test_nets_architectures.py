@@ -12,7 +12,7 @@ from lib.nets.alexnet import AlexNet
 from lib.nets.layers import ACTIVATIONS, NORMS, activation, max_pool, norm_layer, resolve_padding
 from lib.nets.lenet import LeNet
 from lib.nets.mlp import MLP
-from lib.nets.resnet import ResNet18, ResNet18AP
+from lib.nets.resnet import ResNet10, ResNet18, ResNet18AP
 from lib.nets.vgg import VGG11
 from lib.nets.vit import TransformerBlock, ViT
 from lib.system.errors import CompanionError
@@ -201,13 +201,14 @@ def test_images_of_a_batch_do_not_mix(architecture):
 # Agreement with other definitions
 
 
+@pytest.mark.parametrize(("ours", "blocks"), [(ResNet18, 2), (ResNet10, 1)])
 @pytest.mark.parametrize("size", [28, 32, 64])
-def test_resnet18_is_torchvisions_with_a_small_stem(size):
+def test_resnets_are_torchvisions_with_a_small_stem(size, ours, blocks):
     torchvision = pytest.importorskip("torchvision")
-    reference = torchvision.models.resnet18(num_classes=10)
+    reference = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [blocks] * 4, num_classes=10)
     reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     reference.maxpool = nn.Identity()
-    net = ResNet18(3, 10, size, norm="batch")
+    net = ours(3, 10, size, norm="batch")
     x = images(2, 3, size)
     with torch.no_grad():
         copy_parameters(net, reference)
@@ -396,7 +397,8 @@ def test_mistakes_are_one_clear_line(wrong, said):
 
 
 @pytest.mark.parametrize(
-    "name, published", [("alexnet", 128), ("vgg11", 64), ("resnet18", 64), ("resnet18ap", 64)]
+    "name, published",
+    [("alexnet", 128), ("vgg11", 64), ("resnet10", 64), ("resnet10ap", 64), ("resnet18", 64), ("resnet18ap", 64)],
 )
 def test_width_is_that_of_the_first_convolution(name, published):
     """The published width is the default; every convolution scales with it."""

@@ -1,5 +1,5 @@
 """Theta: networks by name. A name is an architecture and its options, joined by dashes, defaults left out: ``convnet-d2-w32``,
-``convnet-batch-swish-max``, ``mlp``, ``lenet``, ``alexnet``, ``vgg11-batch``, ``resnet18-batch``, ``resnet18ap``, ``vit``.
+``convnet-batch-swish-max``, ``mlp``, ``lenet``, ``alexnet``, ``vgg11-batch``, ``resnet18-batch``, ``resnet10ap``, ``vit``.
 
 The name is what a protocol, a table and a saved set record, so it says everything about the architecture.
 """
@@ -17,7 +17,7 @@ from lib.nets.convnet import POOLS, ConvNet
 from lib.nets.layers import ACTIVATIONS, NORMS
 from lib.nets.lenet import LeNet
 from lib.nets.mlp import MLP
-from lib.nets.resnet import ResNet18, ResNet18AP
+from lib.nets.resnet import ResNet10, ResNet10AP, ResNet18, ResNet18AP
 from lib.nets.vgg import VGG11
 from lib.nets.vit import ViT
 from lib.system.errors import CompanionError, unknown
@@ -28,15 +28,17 @@ ARCHITECTURES = {
     "lenet": LeNet,
     "alexnet": AlexNet,
     "vgg11": VGG11,
+    "resnet10": ResNet10,
+    "resnet10ap": ResNet10AP,
     "resnet18": ResNet18,
     "resnet18ap": ResNet18AP,
     "vit": ViT,
 }
+_WITH_NORM = ("convnet", "alexnet", "vgg11", "resnet10", "resnet10ap", "resnet18", "resnet18ap")
 _SIZES = {
     "d": {"convnet": "depth", "vit": "depth"},
-    "w": dict.fromkeys(("convnet", "alexnet", "vgg11", "resnet18", "resnet18ap"), "width") | {"vit": "dim"},
+    "w": dict.fromkeys(_WITH_NORM, "width") | {"vit": "dim"},
 }
-_WITH_NORM = {"convnet", "alexnet", "vgg11", "resnet18", "resnet18ap"}
 
 
 def make(name: str, like, generator: torch.Generator | None = None) -> nn.Module:
