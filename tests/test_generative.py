@@ -441,8 +441,11 @@ def test_what_a_user_must_bring_is_named_in_one_line(toy, name):
     from lib.methods import recipes
 
     row = next(row for row in recipes(name) if not row.small)
-    with pytest.raises(CompanionError, match="must be brought .*write a Prior") as caught:
-        row.method.begin(toy.train, 1, generator())
+    images, what = (
+        (toy, "write a Prior") if name == "glad" else (toy_data(channels=3, size=32), "weights='FILE'")
+    )
+    with pytest.raises(CompanionError, match=f"must be brought .*{what}") as caught:
+        row.method.begin(images.train, 1, generator())
     assert "\n" not in str(caught.value)
 
 

@@ -27,9 +27,9 @@ from lib.formation import by_class
 from lib.formation.generated import Generated
 from lib.match import relations
 from lib.match.features import class_mean
-from lib.nets.generators import Generator, LayeredVAE, Prior, SpatialVAE, the_prior
+from lib.nets.generators import BigGAN, Generator, LayeredVAE, Prior, SpatialVAE, the_prior
 from lib.nets.generators.inversion import encoded
-from lib.nets.generators.prior import Brought, room_for, to_data
+from lib.nets.generators.prior import room_for, to_data
 from lib.nets.supply import Fresh
 from lib.recipes import Recipe, Recipes, small
 from lib.synset import SyntheticSet, class_major
@@ -153,14 +153,13 @@ _PHOTOS = replace(
 )  # fmt: skip
 _AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
 _FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), real_batch=32, network="convnet-d3-w32")
-_BIGGAN = Brought(what="BigGAN 32", where="G_Pretrained_*.pth of github.com/VICO-UoE/IT-GAN")
 _OURS = "our choices, not tried: no settings of the authors are known"
 RECIPES = Recipes(
     small("digits", _DIGITS),
     small("fashion14", _FASHION, source=_AS_DIGITS),
     small("photos16 photos32", _PHOTOS),
     [
-        Recipe("cifar10", ipc, DCGM(_BIGGAN, lr_generator=1e-5), "dsa", _OURS, "reconstruction")
+        Recipe("cifar10", ipc, DCGM(BigGAN(), lr_generator=1e-5), "dsa", _OURS, "reconstruction")
         for ipc in (1, 10, 50)
     ],
 )

@@ -31,9 +31,9 @@ from lib.formation import by_class
 from lib.formation.generated import Generated
 from lib.match.features import class_mean, paired
 from lib.nets.ensemble import Ensemble
-from lib.nets.generators import Generator, LayeredVAE, Prior, SpatialVAE, the_prior
+from lib.nets.generators import BigGAN, Generator, LayeredVAE, Prior, SpatialVAE, the_prior
 from lib.nets.generators.inversion import encoded, invert
-from lib.nets.generators.prior import Brought, room_for, to_data
+from lib.nets.generators.prior import room_for, to_data
 from lib.nets.supply import Fresh
 from lib.nets.training import halving_schedule, sgd_steps
 from lib.recipes import Recipes, published, small
@@ -200,8 +200,7 @@ class ITGAN:
         return SyntheticSet(decoder.codes(z, labels), labels, train.classes, train.transform, decoder)
 
 
-_BIGGAN = Brought(what="BigGAN 32 of Zhao & Bilen", where="G_Pretrained_*.pth of github.com/VICO-UoE/IT-GAN")
-_PAPER = ITGAN(_BIGGAN)
+_PAPER = ITGAN(BigGAN())
 _DIGITS = ITGAN(
     iterations=150, lr=0.05, batch=None, real_batch=64, network="convnet-d2-w32", augmentation="none", inversion_steps=100,
     cosine=True, classifier_epochs=0,

@@ -6,7 +6,6 @@ A :class:`Denoiser` says in which space its chain runs: :meth:`~Denoiser.encoded
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,10 +16,9 @@ from lib.data import subsets
 from lib.nets.generators.diffusion import Diffusion, Terms
 from lib.nets.generators.dit import XL2, DiT, from_diffusers
 from lib.nets.generators.loops import follow, rows_of_epoch
-from lib.nets.generators.prior import Prior, check_state, the_prior, to_data, to_generator
+from lib.nets.generators.prior import Prior, check_state, state_in, the_prior, to_data, to_generator
 from lib.nets.generators.unet import UNet
 from lib.system.errors import CompanionError, whole
-from lib.system.files import read_safetensors
 
 SCALE = 0.18215  # of DiT's latents: they then have deviation 1
 ENCODED_AT_ONCE = 32
@@ -243,19 +241,7 @@ def autoencoder(where: str, device: torch.device) -> nn.Module:
 
 def released(path: str, depth: int) -> dict[str, Tensor]:
     """A state dict in a file, under the released names."""
-    if path.endswith(".safetensors"):
-        tensors = read_safetensors(path)[1]
-    elif not Path(path).is_file():
-        raise CompanionError(f"no file {path}; allowed: {RELEASED}")
-    else:
-        try:
-            tensors = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # a dozen kinds for damaged files
-            raise CompanionError(
-                f"{path} is damaged ({type(error).__name__}); allowed: {RELEASED}"
-            ) from error
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise CompanionError(f"{path} is no plain state dict; allowed: {RELEASED}")
+    tensors = state_in(path, RELEASED)[1]
     if not any(name.startswith("transformer_blocks.") for name in tensors):
         return tensors
     try:

@@ -93,7 +93,6 @@ class GAN(Generator):
 
     def mapping(self, z: Tensor, y: Tensor) -> Tensor:
         """z with the label in the place of its first C numbers."""
-        self.check(z)
         return torch.cat([F.one_hot(y, self.num_classes).to(z.dtype), z[:, self.num_classes :]], 1)
 
     def start(self, w: Tensor, y: Tensor) -> Tensor:

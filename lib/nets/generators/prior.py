@@ -90,6 +90,7 @@ class Generator(nn.Module):
         return f
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        self.check(z)
         w = self.mapping(z, y)
         return self.from_f(self.start(w, y), w, y, 0)
 
@@ -130,6 +131,7 @@ class Prior(ABC):
     """
 
     kind: ClassVar[str]
+    released: ClassVar[str] = ""  # the form of files of others that hold its weights; "": none
     steps: int = 500
     lr: float = 2e-3
     batch: int = 64
@@ -290,7 +292,13 @@ def load_prior(prior: Prior, train) -> nn.Module:
         CompanionError: as :func:`the_prior`.
     """
     path = prior.weights
-    header, tensors = read_safetensors(path)
+    header, tensors = state_in(path, prior.released) if prior.released else read_safetensors(path)
+    if prior.released and header.get("format") != FORMAT:
+        network = prior.make(train)
+        check_state(
+            network, tensors, f"{path} does not fit {prior.kind} on {train.name}; allowed: {prior.released}"
+        )
+        return _filled(network, tensors)
     if header.get("format") != FORMAT:
         raise CompanionError(
             f"{path} is no prior: its header says {header.get('format')!r}; allowed: {FORMAT!r}"
@@ -310,6 +318,25 @@ def load_prior(prior: Prior, train) -> nn.Module:
     network = prior.make(train)
     check_state(network, tensors, f"{path} does not fit {prior.kind} on {train.name}")
     return _filled(network, tensors)
+
+
+def state_in(path: str, allowed: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file, or the tensors of a plain state dict that others saved by torch.
+
+    Raises:
+        CompanionError: there is no such file, or it holds something else; the line ends with ``allowed``.
+    """
+    if path.endswith(".safetensors"):
+        return read_safetensors(path)
+    if not Path(path).is_file():
+        raise CompanionError(f"no file {path}; allowed: {allowed}")
+    try:
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a dozen kinds for damaged files
+        raise CompanionError(f"{path} is damaged ({type(error).__name__}); allowed: {allowed}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CompanionError(f"{path} is no plain state dict; allowed: {allowed}")
+    return {}, tensors
 
 
 def check_state(network: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
