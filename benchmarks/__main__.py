@@ -47,8 +47,18 @@ MEMORY = (
     "mtt-recompute",
     "dd-recompute",
     "sampling",
+    "inversion",
+    "itgan",
+    "latents",
 )
-ONCE = {"test", "rcig", "experts", *KERNEL_SPOTS, *SELECT_SPOTS, *SAMPLER_SPOTS}  # do not depend on the IPC asked for
+ONCE = {
+    "test",
+    "rcig",
+    "experts",
+    *KERNEL_SPOTS,
+    *SELECT_SPOTS,
+    *SAMPLER_SPOTS,
+}  # do not depend on the IPC asked for
 ONLY_AT = {"krr-digits": "S", "rcig": "S", "experts": "S"}
 FAMILY = list(FEATURE_SPOTS)  # of DM
 # hot spot -> ratio to reach in float32 and, where the real side may be bfloat16, with that

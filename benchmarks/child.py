@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.feature_spots import FEATURE_SPOTS
 from benchmarks.formation_spots import FORMATION_SPOTS
+from benchmarks.generator_spots import GENERATOR_SPOTS
 from benchmarks.harness import cost
 from benchmarks.hot_spots import HOT_SPOTS, SIZES
 from benchmarks.kernel_spots import KERNEL_SPOTS
@@ -23,9 +24,10 @@ from lib.system.allocator import keep_large_blocks
 from lib.system.files import ROOT
 
 ALLOCATORS = ("default", "tuned")
-SPOTS = (
-    HOT_SPOTS | FEATURE_SPOTS | FORMATION_SPOTS | KERNEL_SPOTS | SELECT_SPOTS | UNROLL_SPOTS | SAMPLER_SPOTS
-)
+SPOTS = {
+    **HOT_SPOTS, **FEATURE_SPOTS, **FORMATION_SPOTS, **KERNEL_SPOTS, **SELECT_SPOTS, **UNROLL_SPOTS, **SAMPLER_SPOTS,
+    **GENERATOR_SPOTS,
+}  # fmt: skip
 
 
 def in_process(
