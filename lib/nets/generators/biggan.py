@@ -106,7 +106,11 @@ class BigGAN32(Generator):
 
 @dataclass(frozen=True)
 class BigGAN(Brought):
-    """``weights`` is a released file, or a safetensors file with the same names."""
+    """``weights`` is a released file, or a safetensors file with the same names. The other fields are Brought's.
+
+    Attributes:
+        latent: numbers of a code, 1 or more; width: a quarter of the maps of every block, 1 or more.
+    """
 
     kind: ClassVar[str] = "biggan"
     released: ClassVar[str] = "a plain state dict (.pth) or safetensors, with the released names"
