@@ -83,6 +83,16 @@ def test_overrides_replace_the_cases_of_the_profile():
     assert cases_of(PROFILES["paper"], ipc=3) == (("cifar10", 3),)
 
 
+def test_a_notebook_may_change_fields_of_a_profile(begin):
+    changes = {"cpu": {"cases": (("photos16", 2),), "sets": 4}, "overnight": {"sets": 9}}
+    run = begin(changes=changes)
+    assert run.cases == (("photos16", 2),) and (run.profile.name, run.profile.sets) == ("cpu", 4)
+    assert begin(changes=changes, ipc=3).cases == (("photos16", 3),)
+    asked = begin(changes=changes, dataset="digits")  # goes first; the other fields hold
+    assert asked.cases == (("digits", 1),) and asked.profile.sets == 4
+    assert begin(changes={"overnight": {"sets": 9}}).profile == PROFILES["cpu"]
+
+
 def test_start_makes_all_random_streams_repeat(begin):
     def draws():
         run = begin(seed=7, threads=1)
