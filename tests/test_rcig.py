@@ -11,10 +11,11 @@ from helpers import generator, toy_data
 
 from lib.distill import distill
 from lib.kernels import linearised, ridge
-from lib.kernels.linearised import Inner, adam, conjugate_gradient, gradient_along
+from lib.kernels.adam_rates import falls
+from lib.kernels.linearised import Inner, adam, conjugate_gradient, gradient_along, predict
 from lib.methods import rcig
 from lib.methods.frepo import FRePo
-from lib.methods.rcig import RCIG, clipped, predict
+from lib.methods.rcig import RCIG, clipped
 from lib.nets.tangent import TangentNet
 from lib.plain.rcig import Softplus, expand
 from lib.system.errors import CompanionError
@@ -359,13 +360,13 @@ def test_the_published_adam_tunes_its_rates(toy):
     network, batch = method.network(toy.train, own), method.batch(toy.train, own)
     inner = Inner.at(network, state.pixels, state.labels, method.ridge * 6)
     lr, other = state.rates
-    assert rcig.falls(method.minimiser(inner, lr * 0.99)[1]) and not rcig.falls(
+    assert falls(method.minimiser(inner, lr * 0.99)[1]) and not falls(
         method.minimiser(inner, lr / 0.84)[1]
     )
     delta = method.minimiser(inner, lr)[0].requires_grad_()
     learned = (state.pixels, state.labels, state.log_scale)
     (g,) = torch.autograd.grad(method.objective(network, *learned, delta, *batch), delta)
-    assert rcig.falls(method.solve(inner, g, other * 0.99)[1]) and not rcig.falls(
+    assert falls(method.solve(inner, g, other * 0.99)[1]) and not falls(
         method.solve(inner, g, other / 0.84)[1]
     )
     given = replace(method, lr_inner=0.5, lr_solver=0.25).begin(toy.train, 2, generator())

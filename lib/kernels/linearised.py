@@ -163,3 +163,12 @@ def conjugate_gradient(hessian: Product, b: Tensor, steps: int, tolerance: float
         new = r @ r
         p, rho = r + torch.where(going, new / torch.where(going, rho, 1), 0) * p, new
     return x
+
+
+def predict(network, x_s: Tensor, y_s: Tensor, lam: float, delta: Tensor | None, x_t: Tensor) -> Tensor:
+    """P = o_t + phi_t phi_s^T (K + lambda I)^-1 (Y_s - o_s) in 64 bits, (targets, C); without ``delta``, o = 0."""
+    if delta is None:
+        (phi_s, o_s), (phi_t, o_t) = ((network.embed(x).double(), 0) for x in (x_s, x_t))
+    else:
+        (phi_s, o_s), (phi_t, o_t) = (map(Tensor.double, network.tangent(x, delta)) for x in (x_s, x_t))
+    return o_t + ridge.predict(phi_t @ phi_s.T, phi_s @ phi_s.T, y_s.double() - o_s, lam, scaled=False)

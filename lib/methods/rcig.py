@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from lib.formation.start import initial_pixels
 from lib.kernels import ridge
-from lib.kernels.linearised import SOLVERS, Inner, adam, conjugate_gradient, gradient_along
+from lib.kernels.adam_rates import adapted, falls, tuned
+from lib.kernels.linearised import SOLVERS, Inner, adam, conjugate_gradient, gradient_along, predict
 from lib.nets.tangent import TangentNet
 from lib.optim.adabelief import AdaBelief
 from lib.recipes import Recipes, published, small
@@ -39,7 +40,6 @@ from lib.system.errors import CompanionError, check_several, choose, positive, w
 LOSSES = ("platt", "mse")
 MEMORY = 0.99  # of the running mean that is the result
 LOOK_EVERY = 50  # steps between two looks at the rate of the inner Adam
-GROWTH, RETREAT, TRIALS = 1.2, 0.7, 100  # of a rate that is being tuned
 TUNING_SEED = 0  # of the network of all trials
 
 
@@ -232,7 +232,7 @@ class RCIG:
         state.looks[2] += int(falls(seen))
         runs, above, fell = state.looks
         if runs == LOOK_EVERY:
-            state.rates[0] *= 0.9 if above >= 0.29 * runs else 1.05 if fell >= 0.7 * runs else 1.0
+            state.rates[0] *= adapted(above / runs, fell / runs)
             state.looks = [0, 0, 0]
 
     def finish(self, state: State) -> SyntheticSet:
@@ -259,33 +259,9 @@ class RCIG:
                 positive(self, name)
 
 
-def predict(network, x_s: Tensor, y_s: Tensor, lam: float, delta: Tensor | None, x_t: Tensor) -> Tensor:
-    """P = o_t + phi_t phi_s^T (K + lambda I)^-1 (Y_s - o_s) in 64 bits, (targets, C); without ``delta``, o = 0."""
-    if delta is None:
-        (phi_s, o_s), (phi_t, o_t) = ((network.embed(x).double(), 0) for x in (x_s, x_t))
-    else:
-        (phi_s, o_s), (phi_t, o_t) = (map(Tensor.double, network.tangent(x, delta)) for x in (x_s, x_t))
-    return o_t + ridge.predict(phi_t @ phi_s.T, phi_s @ phi_s.T, y_s.double() - o_s, lam, scaled=False)
-
-
 def clipped(gradient: Tensor, other: Tensor) -> Tensor:
     """``gradient``, shortened to the length of ``other`` if it is longer; 0 where it is no number."""
     return gradient.nan_to_num(0) * (other.norm() / gradient.norm()).nan_to_num(0).clamp_max(1)
-
-
-def falls(seen: Tensor) -> bool:
-    """Whether every value is below the one before."""
-    return bool((seen[1:] < seen[:-1]).all())
-
-
-def tuned(run, rate: float) -> float:
-    """A fifth more after every trial, the first failing one included; then 0.7 times that: about the last that passed."""
-    for _ in range(TRIALS):
-        passed = falls(run(rate))
-        rate *= GROWTH
-        if not passed:
-            break
-    return rate * RETREAT
 
 
 _SMALL = RCIG(

@@ -16,8 +16,8 @@ from lib.kernels import closed_form, ridge
 from lib.kernels.conv import convolutional
 from lib.kernels.fc import fully_connected
 from lib.kernels.feature_maps import Fourier, Identity, LeakyNet, conjugate_kernel, conv_features
-from lib.kernels.linearised import Inner, adam, gradient_along
-from lib.methods.rcig import RCIG, predict
+from lib.kernels.linearised import Inner, adam, gradient_along, predict
+from lib.methods.rcig import RCIG
 from lib.nets.tangent import TangentNet
 from lib.optim.adabelief import AdaBelief
 
