@@ -377,6 +377,12 @@ def test_a_reader_walks_from_the_front_door_to_a_figure_and_on(committed, browse
     cards.filter(has_text="20 DM").click(force=True)  # its link covers the card
     window.settle()
     assert "20_dm" in page.url and page.locator("mjx-container svg").count() > 1
+    with page.expect_download() as kept:
+        page.get_by_role("link", name="notebook", exact=True).click()
+    stored = committed / "html/cpu/20_dm.ipynb"
+    assert (
+        kept.value.suggested_filename == stored.name and kept.value.path().read_bytes() == stored.read_bytes()
+    )
     assert not page.locator("details.hide pre").first.is_visible()
     assert page.locator(".cell_output .highlight-python").first.is_visible()
     page.locator(".cell_output img").first.click()

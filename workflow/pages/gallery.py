@@ -143,8 +143,13 @@ def write_sources(source: Path, beside: Path, root: Path, notebooks: Path, recor
         record["page"] = f"html/{record['run']}/{record['notebook']}"
         text = shown.read_text(encoding="utf-8")
         content = json.dumps(prepared(json.loads(text), record))
-        for folder, written in ((beside, text), (source, content)):
-            path = folder / f"{record['page']}.ipynb"
+        name = f"{record['page']}.ipynb"
+        # beside it the same as a script, which a page may load from a file: see pages.js
+        for path, written in (
+            (beside / name, text),
+            (beside / f"{name}.js", f"keep({json.dumps(text)})\n"),
+            (source / name, content),
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(written, encoding="utf-8")
     source.mkdir(exist_ok=True)

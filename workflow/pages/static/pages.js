@@ -1,4 +1,4 @@
-// Pictures that enlarge, tables that sort, and the filter of cards and rows.
+// Pictures that enlarge, tables that sort, the filter of cards and rows, and downloads.
 addEventListener("DOMContentLoaded", () => {
   const dialog = Object.assign(document.createElement("dialog"), { className: "shown" });
   dialog.append(document.createElement("img"));
@@ -37,5 +37,19 @@ addEventListener("DOMContentLoaded", () => {
     for (const row of document.querySelectorAll("table.sortable tbody tr, article .sd-col")) row.hidden = !fits(row);
     for (const family of document.querySelectorAll("article section section"))
       family.hidden = !family.querySelector(".sd-col:not([hidden])");
+  });
+
+  // Of a page that is a file a browser shows a linked notebook as text instead of saving it, and lets no script read it; but a
+  // script may be loaded, and what it hands over may be saved.
+  const link = document.querySelector("a[download]");
+  link?.addEventListener("click", event => {
+    if (location.protocol !== "file:") return;
+    event.preventDefault();
+    window.keep = text => {
+      const href = URL.createObjectURL(new Blob([text], { type: "application/x-ipynb+json" }));
+      Object.assign(document.createElement("a"), { href, download: link.pathname.split("/").pop() }).click();
+      URL.revokeObjectURL(href);
+    };
+    document.head.append(Object.assign(document.createElement("script"), { src: `${link.href}.js` }));
   });
 });
