@@ -107,10 +107,10 @@ def gan(setting: Setting) -> HotSpot:
         return torch.tensor(loop(method, train, 1, setting.generator(1))[1])
 
     def check() -> dict[str, float]:
-        return {"fused optimisers": difference(ours().cpu(), reference())}
+        return {"library": difference(ours().cpu(), reference())}
 
-    calls = {REFERENCE: reference, "fused optimisers": ours}
-    return HotSpot("DiM step", "step", method.iterations, calls, check, {"fused optimisers": FLOAT32})
+    calls = {REFERENCE: reference, "library": ours}
+    return HotSpot("DiM step", "step", method.iterations, calls, check, {"library": FLOAT32})
 
 
 GENERATOR_SPOTS = {"inversion": inversion, "itgan": itgan, "latents": latents, "gan": gan}
