@@ -1,20 +1,22 @@
-"""How the small settings of ``fashion14`` were chosen: trials on a part of the training images, never on the test half.
+"""How the small settings were chosen: trials on a part of the training images, never on the test half.
 
-    python -m benchmarks.settings                 # every method of TRIALS, to benchmarks/settings.csv
-    python -m benchmarks.settings --only dm dc    # these alone; the other rows of the table stay
+    python -m benchmarks.settings                                  # every trial, to benchmarks/settings.csv
+    python -m benchmarks.settings --only dm dc --data digits       # these alone; the other rows of the table stay
 
-A fifth of the training images of every class is set aside and judges; the sets are distilled from the rest, at one image per class,
-and evaluated under ``cpu-small`` with networks that no distillation saw; a set that is made for a schedule of its own (DD) by that
-schedule. The pixel rate is tried, at otherwise equal settings: papers
-publish it for a width of 128, and the distances of gradients and features grow with the width, so that the same rate moves the pixels of
-a narrow network several times less. A test holds the recipes to the best row of the table.
+A fifth of the training images of every class is set aside and judges; the sets are distilled from the rest and evaluated under
+``cpu-small`` with networks that no distillation saw; a set that is made for a schedule of its own (DD) by that schedule. The pixel
+rate is tried, at otherwise equal settings: papers publish it for a width of 128, and the distances of gradients and features grow
+with the width, so that the same rate moves the pixels of a narrow network several times less. While the best value lies at the end
+of those tried, the next one of 1, 3, 10, 30, ... is tried, too. A test holds the recipes to the best row of the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import floor, log10
 from pathlib import Path
 
 import pandas as pd
@@ -27,29 +29,62 @@ from lib.distill import distill
 from lib.evaluate import Spread, evaluate, protocol
 from lib.evaluate.schedule import Schedule, evaluate_schedule
 from lib.methods import recipes
-from lib.recipes import Recipe
+from lib.recipes import TWO_CORES, Recipe
 from lib.synset import SyntheticSet
 from lib.system.errors import CompanionError, unknown
 from lib.system.files import ROOT, write_text
 
-DATA, IPC, SETS, NETWORKS = "fashion14", 1, 3, 2
+SETS, NETWORKS, MOST = 3, 2, 6  # MOST: values of a field, with those beyond the first grid
+NARROW = "convnet-d3-w32"  # what two cores train on large data
 TABLE = ROOT / "benchmarks" / "settings.csv"
-TRIALS = {  # method -> field -> values
-    "dm": {"lr": (1.0, 3.0, 10.0)},
-    "datadam": {"lr": (0.3, 1.0, 3.0)},
-    "ddm": {"lr": (0.3, 1.0, 3.0)},
-    "m3d": {"lr": (1.0, 3.0, 10.0)},
-    "idm": {"lr": (0.1, 0.4, 1.0)},
-    "wasserstein": {"lr": (0.3, 1.0, 3.0)},
-    "dc": {"lr": (0.1, 0.4, 1.0)},
-    "dsa": {"lr": (0.1, 0.4, 1.0)},
-    "dcc": {"lr": (0.1, 0.4, 1.0)},
-    "cafe": {"lr": (0.1, 0.3, 1.0)},
-    "idc": {"lr": (0.1, 0.3, 1.0)},
-    "dd": {"lr": (0.03, 0.1, 0.3)},
-    "haba": {"lr": (10.0, 30.0, 100.0)},
-    "esp": {"lr": (0.01, 0.03, 0.1)},
-}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Values of one field of a method's small row."""
+
+    method: str
+    data: str
+    values: tuple[float, ...]
+    variant: str = ""
+    ipc: int = 1
+    field: str = "lr"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The row of the method's table."""
+        return recipes(self.method).named(self.data, self.ipc, self.variant)
+
+    def rows(self, table: pd.DataFrame) -> pd.Series:
+        """Which rows of the table are this trial's."""
+        mine = (table["method"] == self.method) & (table["data"] == self.data)
+        return mine & (table["variant"] == self.variant)
+
+
+LOW, MIDDLE, HIGH, FAST = (0.03, 0.1, 0.3), (0.1, 0.3, 1.0), (0.3, 1.0, 3.0), (1.0, 3.0, 10.0)
+TRIALS = [
+    *(Trial(name, "digits", FAST) for name in ("dm", "m3d")),
+    *(Trial(name, "digits", HIGH) for name in ("datadam", "ddm", "wasserstein", "idc")),
+    *(Trial(name, "digits", MIDDLE) for name in ("idm", "dc", "dsa", "dcc")),
+    Trial("cafe", "digits", LOW),
+    Trial("dd", "digits", (0.01, 0.03, 0.1)),
+    Trial("mtt", "digits", (10.0, 30.0, 100.0)),
+    Trial("haba", "digits", (3.0, 10.0, 30.0)),
+    Trial("haba", "digits", LOW, "on DM"),
+    Trial("esp", "digits", (0.01, 0.03, 0.1)),
+    *(Trial(name, "fashion14", FAST) for name in ("dm", "m3d")),
+    *(Trial(name, "fashion14", HIGH) for name in ("datadam", "ddm", "wasserstein")),
+    *(Trial(name, "fashion14", (0.1, 0.4, 1.0)) for name in ("idm", "dc", "dsa", "dcc")),
+    *(Trial(name, "fashion14", MIDDLE) for name in ("cafe", "idc")),
+    Trial("dd", "fashion14", LOW),
+    Trial("mtt", "fashion14", (30.0, 100.0, 300.0)),
+    Trial("haba", "fashion14", (10.0, 30.0, 100.0)),
+    Trial("haba", "fashion14", MIDDLE, "on DM"),
+    Trial("esp", "fashion14", (0.01, 0.03, 0.1)),
+    Trial("idc", "photos16", (0.003, 0.01, 0.03), ipc=5),
+    Trial("dsa", "photos16", MIDDLE, ipc=5),
+    Trial("idc", "fashionmnist", (1e-4, 1e-3, 1e-2), TWO_CORES),
+]
 
 
 def split(data: Data, part: float = 0.2, seed: int = 0) -> Data:
@@ -65,56 +100,96 @@ def split(data: Data, part: float = 0.2, seed: int = 0) -> Data:
     return replace(data, train=data.train.subset(torch.cat(keep)), test=data.train.subset(torch.cat(judge)))
 
 
-def trials(name: str, data: Data) -> list[dict]:
-    """A row for every value of the method's field."""
-    ((field, values),) = TRIALS[name].items()
-    recipe, rows = recipes(name).named(DATA), []
-    for value in values:
-        method = replace(recipe.method, **{field: value})
-        runs = [distill(method, data.train, IPC, seed, cache=True) for seed in range(SETS)]
-        found = judged(recipe, [run.synset for run in runs], data)
-        row = {"method": name, "data": DATA, "ipc": IPC, "field": field, "value": value}
-        rows.append(row | {"accuracy": round(found.mean, 2), "sd": round(found.sd, 2), "n": found.n})
-    return rows
+def beyond(values: list[float], accuracies: list[float]) -> float | None:
+    """The next value to try: the neighbour of the best one on the ladder 1, 3, 10, 30, ... if the best lies at an end of those tried
+    and fewer than :data:`MOST` were."""
+    best = values[max(range(len(values)), key=accuracies.__getitem__)]
+    if len(values) >= MOST or min(values) < best < max(values):
+        return None
+    ladder = [m * 10.0**k for k in range(floor(log10(best)) - 2, floor(log10(best)) + 3) for m in (1, 3)]
+    near = 1e-9 * best
+    return (
+        min(v for v in ladder if v > best + near)
+        if best == max(values)
+        else max(v for v in ladder if v < best - near)
+    )
 
 
-def judged(recipe: Recipe, sets: list[SyntheticSet], data: Data) -> Spread:
-    """Accuracies of the sets on the judging images."""
+def trials(trial: Trial, accuracy: Callable[[float], Spread]) -> list[dict]:
+    """A row for every value of the trial's field; ``accuracy`` judges one."""
+    found: dict[float, Spread] = {value: accuracy(value) for value in trial.values}
+    while (value := beyond(list(found), [spread.mean for spread in found.values()])) is not None:
+        found[value] = accuracy(value)
+    about = {
+        "method": trial.method,
+        "data": trial.data,
+        "variant": trial.variant,
+        "ipc": trial.ipc,
+        "field": trial.field,
+    }
+    return [
+        about | {"value": float(f"{value:g}"), "accuracy": round(s.mean, 2), "sd": round(s.sd, 2), "n": s.n}
+        for value, s in sorted(found.items())
+    ]
+
+
+def judged(trial: Trial, value: float, data: Data) -> Spread:
+    """Accuracies of sets of that value on the judging images."""
+    recipe = trial.recipe
+    method = replace(recipe.method, **{trial.field: value})
+    sets = [distill(method, data.train, trial.ipc, seed, cache=True).synset for seed in range(SETS)]
+    return _accuracies(recipe, sets, data)
+
+
+def _accuracies(recipe: Recipe, sets: list[SyntheticSet], data: Data) -> Spread:
     if recipe.protocol == "own-schedule":
         return evaluate_schedule(sets, data, Schedule(recipe.method.network), cache=True).spread
-    return evaluate(sets, data, protocol("cpu-small", data.train), 0, NETWORKS, cache=True).spread
+    judge = protocol("cpu-small", data.train) if data.train.small else replace(protocol("dc"), network=NARROW)
+    return evaluate(sets, data, judge, 0, NETWORKS, cache=True).spread
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the trials; returns the exit status."""
+    names, kinds = (tuple(dict.fromkeys(getattr(trial, of) for trial in TRIALS)) for of in ("method", "data"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.settings", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help=f"of {', '.join(TRIALS)}")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help=f"of {', '.join(names)}")
+    parser.add_argument("--data", nargs="+", metavar="DATA", help=f"of {', '.join(kinds)}")
     parser.add_argument("--table", type=Path, default=TABLE, help="where the rows go (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:
-        for name in given.only or ():
-            if name not in TRIALS:
-                raise unknown("method", name, TRIALS)
-        _run(given.only or list(TRIALS), given.table)
+        for kind, asked, allowed in (("method", given.only, names), ("data set", given.data, kinds)):
+            for name in asked or ():
+                if name not in allowed:
+                    raise unknown(kind, name, allowed)
+        _run(
+            [t for t in TRIALS if t.method in (given.only or names) and t.data in (given.data or kinds)],
+            given.table,
+        )
     except CompanionError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
-def _run(names: list[str], table: Path) -> None:
-    data, console = split(datasets.load(DATA)), Console(stderr=True)
-    for name in names:
-        rows = trials(name, data)
+def _run(chosen: list[Trial], table: Path) -> None:
+    console, data = Console(stderr=True), None
+    for trial in chosen:
+        if data is None or data.train.name != trial.data:
+            data = split(datasets.load(trial.data))
+        rows = trials(trial, lambda value, trial=trial, data=data: judged(trial, value, data))
         for row in rows:
-            console.print(
-                f"{name:12} {row['field']} {row['value']:<6g} {row['accuracy']:.1f} ± {row['sd']:.1f}"
-            )
-        old = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=list(rows[0]))
-        others = [frame for frame in (old[old["method"] != name],) if len(frame)]
-        frame = pd.concat([*others, pd.DataFrame(rows)], ignore_index=True)
-        order = {method: place for place, method in enumerate(TRIALS)}
-        frame = frame.sort_values("method", key=lambda column: column.map(order), kind="stable")
+            about = f"{trial.method:12} {trial.data:13} {trial.variant:10} {row['field']} {row['value']:<6g}"
+            console.print(f"{about} {row['accuracy']:.1f} ± {row['sd']:.1f}")
+        old = (
+            pd.read_csv(table, keep_default_na=False)
+            if table.exists()
+            else pd.DataFrame(columns=list(rows[0]))
+        )
+        frame = pd.concat([old[~trial.rows(old)], pd.DataFrame(rows)], ignore_index=True)
+        place = {(t.method, t.data, t.variant): at for at, t in enumerate(TRIALS)}
+        keys = zip(frame["method"], frame["data"], frame["variant"], strict=True)
+        frame["place"] = [place.get(key, len(place)) for key in keys]
+        frame = frame.sort_values(["place", "value"], kind="stable").drop(columns="place")
         write_text(table, frame.to_csv(index=False))
 
 

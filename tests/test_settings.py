@@ -7,23 +7,51 @@ import pytest
 import torch
 
 from benchmarks import settings
+from benchmarks.settings import MOST, TRIALS, Trial
 from lib import data as datasets
-from lib.methods import recipes
+from lib.evaluate import Spread
 
-TRIALS = pd.read_csv(settings.TABLE)
+TABLE = pd.read_csv(settings.TABLE, keep_default_na=False)
 
 
-@pytest.mark.parametrize("name", settings.TRIALS)
-def test_a_recipe_has_the_best_value_that_was_tried(name):
-    rows = TRIALS[TRIALS["method"] == name]
-    ((field, values),) = settings.TRIALS[name].items()
-    assert list(rows["value"]) == list(values) and set(rows["field"]) == {field}
-    best = rows.loc[rows["accuracy"].idxmax(), "value"]
-    assert getattr(recipes(name).named(settings.DATA).method, field) == best
+def name(trial: Trial) -> str:
+    return " ".join(filter(None, (trial.method, trial.variant, trial.data)))
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=name)
+def test_a_recipe_has_the_best_value_that_was_tried(trial):
+    rows = TABLE[trial.rows(TABLE)]
+    tried, best = set(rows["value"]), rows.loc[rows["accuracy"].idxmax(), "value"]
+    assert (
+        set(trial.values) <= tried and set(rows["field"]) == {trial.field} and set(rows["ipc"]) == {trial.ipc}
+    )
+    assert len(tried) >= MOST or min(tried) < best < max(tried)
+    assert getattr(trial.recipe.method, trial.field) == best
+
+
+def test_the_table_holds_nothing_else():
+    assert sum(trial.rows(TABLE).sum() for trial in TRIALS) == len(TABLE)
+
+
+def test_values_beyond_the_grid_are_tried_until_the_best_lies_inside():
+    optimum = Trial("dm", "digits", (0.1, 0.4, 1.0))
+    rows = settings.trials(optimum, lambda lr: Spread.of([-abs(lr - 8.0)]))
+    assert [row["value"] for row in rows] == [0.1, 0.4, 1.0, 3.0, 10.0, 30.0]
+    down = settings.trials(optimum, lambda lr: Spread.of([-lr]))
+    assert [row["value"] for row in down] == [
+        0.003,
+        0.01,
+        0.03,
+        0.1,
+        0.4,
+        1.0,
+    ]  # at most MOST, the end is the best
+    inside = settings.trials(optimum, lambda lr: Spread.of([-abs(lr - 0.4)]))
+    assert [row["value"] for row in inside] == [0.1, 0.4, 1.0]
 
 
 def test_the_judges_are_training_images_that_no_trial_distils():
-    data = datasets.load(settings.DATA)
+    data = datasets.load("fashion14")
     parts = settings.split(data)
     train, judge, test = (
         {row.numpy().tobytes() for row in part.images} for part in (parts.train, parts.test, data.test)
@@ -35,6 +63,10 @@ def test_the_judges_are_training_images_that_no_trial_distils():
     assert torch.equal(parts.test.images, again.test.images)
 
 
-def test_an_unknown_method_is_one_line(capsys):
-    assert settings.main(["--only", "dmm"]) == 2
-    assert "did you mean 'dm'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [(["--only", "dmm"], "did you mean 'dm'"), (["--data", "digit"], "did you mean 'digits'")],
+)
+def test_an_unknown_name_is_one_line(capsys, words, hint):
+    assert settings.main(words) == 2
+    assert hint in capsys.readouterr().err

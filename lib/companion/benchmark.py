@@ -12,7 +12,7 @@ from dataclasses import replace
 from lib.companion import kernel_study, ridge_study, tables
 from lib.companion.published import quoted
 from lib.companion.study import Case, Result
-from lib.evaluate import PROTOCOLS
+from lib.evaluate import PROTOCOLS, protocol
 from lib.evaluate.spread import Spread
 from lib.methods import method, recipes
 from lib.recipes import TWO_CORES
@@ -21,6 +21,14 @@ from lib.system.files import ROOT
 NOTEBOOK = "87_fashion_mnist"
 NARROW = "convnet-d3-w32"
 SETS = 3  # of every method; random real images get the profile's draws
+_SELECTED = ("herding", "k_center")
+_MATCHED = ("dm", "dc", "dsa")
+OWN_PROTOCOL = ("idc",)  # methods whose published accuracies are taken under a longer protocol with more augmentation
+METHODS = {
+    1: (*_SELECTED, *_MATCHED, "idc"),
+    10: (*_SELECTED, *_MATCHED),
+    50: _SELECTED,
+}  # by images per class
 
 
 def random_rows(case: Case, networks: Sequence[str]) -> list[tables.Row]:
@@ -32,18 +40,30 @@ def random_rows(case: Case, networks: Sequence[str]) -> list[tables.Row]:
 def method_rows(
     case: Case, name: str, variant: str, networks: Sequence[str], random: Sequence[tables.Row]
 ) -> tuple[Result, list[tables.Row]]:
-    """One method at its recipe of this variant, judged by each of these networks: its result with the first of them, and all rows."""
+    """One method at its recipe of this variant, judged by each of these networks: its result with the first of them, and all rows. The
+    published accuracy stands beside them unless the method is of :data:`OWN_PROTOCOL`."""
     recipe = case.recipe(name, variant)
     first = replace(case.plain, network=networks[0])
     result = case.study(recipe, protocol=first, sets=SETS, networks=1)
     results = [result, *(case.under(result, replace(case.plain, network=other), 1) for other in networks[1:])]
-    paper = quoted(name, case.dataset, case.ipc, "")
-    found = {"paper": paper[0], "paper_source": paper[1]} if paper else {}
+    found = {} if name in OWN_PROTOCOL else _paper(case, name)
     rows = [
         replace(case.row(result), random=chance.accuracy, **found)
         for result, chance in zip(results, random, strict=True)
     ]
     return result, rows
+
+
+def own_protocol_rows(case: Case, result: Result, variant: str, network: str) -> list[tables.Row]:
+    """The sets of a method, and random real images, under the protocol of its recipe and with this network."""
+    own = protocol(case.recipe(result.name, variant).protocol, case.data.train, network=network)
+    chance, found = case.random(own), case.under(result, own, 1)
+    return [case.row(chance), case.row(found, random=chance, **_paper(case, result.name))]
+
+
+def _paper(case: Case, name: str) -> dict:
+    paper = quoted(name, case.dataset, case.ipc, "")
+    return {"paper": paper[0], "paper_source": paper[1]} if paper else {}
 
 
 def kip_rows(case: Case) -> list[tables.Row]:
@@ -76,9 +96,11 @@ def krr_rows(case: Case) -> list[tables.Row]:
     ]
 
 
-def spread(board, method: str, ipc: int, network: str) -> Spread:
-    """The accuracy of a method in the frame of all rows."""
+def spread(board, method: str, ipc: int, network: str, judged_by: str = "") -> Spread:
+    """The accuracy of a method in the frame of all rows; under ``dc`` where a network is trained and no protocol is named."""
+    wanted = judged_by or ("dc" if network.startswith("convnet") else None)
     at = (board["method"] == method) & (board["ipc"] == ipc) & (board["network"] == network)
+    at = at if wanted is None else at & (board["protocol"] == wanted)
     (found,) = [tables.spread_in(row) for _, row in board[at].iterrows()]
     return found
 

@@ -33,7 +33,7 @@ from lib.match.gradient import Gap, LayerSum
 from lib.methods import dc
 from lib.methods.dsa import DSA
 from lib.nets.training import sgd, sgd_steps
-from lib.recipes import Recipe, Recipes, published, small
+from lib.recipes import Recipe, Recipes, published, small, two_cores
 from lib.system.errors import CompanionError, unknown, whole
 
 INNER_DATA = ("real", "syn")
@@ -174,6 +174,8 @@ _SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, outer=3, n_d
 _DIGITS = replace(_SMALL, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0)
 _FASHION = replace(_DIGITS, lr=0.3, network="convnet-d3-w32", base_side=14)
 _PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, lr=0.01)
+_NARROW = replace(_L1, outer=10, inner=10, n_data=128, network="convnet-d3-w32")
+_CUT = "100 of 200 000 steps, 128 of 500 real images between two, a quarter of the width; the rate chosen on a part of the training images"
 _REPRODUCE = "official settings (reproduce)"
 _AP = "official settings (reproduce), there with ResNetAP-10"
 
@@ -198,6 +200,7 @@ def rows(of: Callable[[IDC], Any], variant: str = "") -> list[list[Recipe]]:
 
 RECIPES = Recipes(
     *rows(lambda method: method),
+    two_cores(_NARROW, ipc=1, protocol="idc", source=_CUT),
     published("svhn", 1, _SVHN, "idc", _REPRODUCE),
     published("mnist", (1, 10, 50), replace(_MNIST, augmentation="color_crop", cutmix=0.0), "idc-plain", _REPRODUCE),
     # 90 and 180 decoded images of a class; "bound" from 20 stored ones on
