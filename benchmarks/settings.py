@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import floor, log10
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -48,12 +49,30 @@ class Trial:
     values: tuple[float, ...]
     variant: str = ""
     ipc: int = 1
-    field: str = "lr"
+    field: str = "lr"  # of the method, or of a summand of its distance
 
     @property
     def recipe(self) -> Recipe:
         """The row of the method's table."""
         return recipes(self.method).named(self.data, self.ipc, self.variant)
+
+    @property
+    def value(self) -> float:
+        """What the row has in the field."""
+        (found,) = (getattr(of, self.field) for of in self._holders() if hasattr(of, self.field))
+        return found
+
+    def method_with(self, value: float) -> Any:
+        """The row's method with this value in the field."""
+        method, changed = self.recipe.method, {self.field: value}
+        if hasattr(method, self.field):
+            return replace(method, **changed)
+        parts = [replace(part, **changed) if hasattr(part, self.field) else part for part in method.distance.parts]
+        return replace(method, distance=replace(method.distance, parts=tuple(parts)))
+
+    def _holders(self) -> tuple:
+        method = self.recipe.method
+        return (method, *getattr(getattr(method, "distance", None), "parts", ()))
 
     def rows(self, table: pd.DataFrame) -> pd.Series:
         """Which rows of the table are this trial's."""
@@ -72,6 +91,7 @@ TRIALS = [
     Trial("haba", "digits", (3.0, 10.0, 30.0)),
     Trial("haba", "digits", LOW, "on DM"),
     Trial("esp", "digits", (0.01, 0.03, 0.1)),
+    Trial("lcmat_c", "digits", FAST, field="rho"),
     *(Trial(name, "fashion14", FAST) for name in ("dm", "m3d")),
     *(Trial(name, "fashion14", HIGH) for name in ("datadam", "ddm", "wasserstein")),
     *(Trial(name, "fashion14", (0.1, 0.4, 1.0)) for name in ("idm", "dc", "dsa", "dcc")),
@@ -136,7 +156,7 @@ def trials(trial: Trial, accuracy: Callable[[float], Spread]) -> list[dict]:
 def judged(trial: Trial, value: float, data: Data) -> Spread:
     """Accuracies of sets of that value on the judging images."""
     recipe = trial.recipe
-    method = replace(recipe.method, **{trial.field: value})
+    method = trial.method_with(value)
     sets = [distill(method, data.train, trial.ipc, seed, cache=True).synset for seed in range(SETS)]
     return _accuracies(recipe, sets, data)
 
