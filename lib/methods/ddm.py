@@ -57,7 +57,7 @@ def _term(term: Distance) -> DDM:
 
 
 RECIPES = Recipes(
-    small("digits", _SMALL),
+    small("digits", replace(_SMALL, lr=10.0)),
     small("fashion14", replace(_SMALL, iterations=80, lr=3.0, real_batch=32, network="convnet-d3-w32")),
     small("photos16 photos32", _PHOTOS),
     published("cifar10 cifar100", (1, 10, 50), _FULL, "ddm", "Table 1; weights of the single scripts"),

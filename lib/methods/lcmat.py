@@ -98,12 +98,11 @@ def _lcmat_c(method: dsa.DSA, rho: float = 0.1, kind: str = "gradvar", **changes
     return LCMatC(**vars(method) | {"distance": RowCosine() + CurvatureGap(rho, kind)} | changes)
 
 
-# rho is ours. One image per class has no gradient variance: the diagonal form, in the small rows with a weight that makes both
-# terms alike.
+# rho is ours, chosen on digits in the small rows. One image per class has no gradient variance: the diagonal form.
 _OURS = "DSA's settings, rho and the form of the curvature ours: a reconstruction"
 LCMAT_C = Recipes(
-    small("digits", _lcmat_c(dsa.RECIPES.named("digits").method, 10.0, "diag", outer=40)),
-    small("fashion14", _lcmat_c(dsa.RECIPES.named("fashion14").method, 10.0, "diag")),
+    small("digits", _lcmat_c(dsa.RECIPES.named("digits").method, 1.0, "diag", outer=40)),
+    small("fashion14", _lcmat_c(dsa.RECIPES.named("fashion14").method, 1.0, "diag")),
     small("photos16 photos32", _lcmat_c(dsa.RECIPES.named("photos16").method, 1.0, "diag")),
     published("cifar10 cifar100", 1, _lcmat_c(dsa.DSA(), kind="diag"), "dsa", _OURS),
     published("cifar10 cifar100", (10, 50), _lcmat_c(dsa.DSA()), "dsa", _OURS),
