@@ -244,7 +244,7 @@ class DC:
 
 _PAPER = DC()
 _DIGITS = DC(real_batch=64, network="convnet-d2-w32", outer=120, lr=3.0)
-_FASHION = DC(real_batch=32, network="convnet-d3-w32", outer=40, lr=1.0)
+_FASHION = DC(real_batch=32, network="convnet-d3-w32", outer=40, lr=3.0)
 _PHOTOS = DC(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5, init="real")
 _NARROW = DC(lr=0.4, real_batch=64, network="convnet-d3-w32")
 FEW = {

@@ -30,8 +30,8 @@ class DSA(dc.DC):
 
 _PAPER = DSA()
 _DIGITS = DSA(real_batch=64, network="convnet-d2-w32", outer=120, lr=1.0)
-_FASHION = DSA(real_batch=32, network="convnet-d3-w32", outer=40, lr=1.0)
-_PHOTOS = DSA(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5)
+_FASHION = DSA(real_batch=32, network="convnet-d3-w32", outer=40, lr=0.4)
+_PHOTOS = DSA(real_batch=32, network="convnet-d3-w32", outer=4, inner=5, epochs=5, lr=0.01)
 _NARROW = DSA(lr=0.4, real_batch=64, network="convnet-d3-w32")
 RECIPES = Recipes(
     small("digits", _DIGITS),

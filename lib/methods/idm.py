@@ -66,7 +66,7 @@ _IMAGENET = _with(
 _COMMANDS = "published commands"
 RECIPES = Recipes(
     small("digits", replace(_SMALL, lr=0.1)),
-    small("fashion14", replace(_SMALL, iterations=60, lr=1.0, real_batch=32, network="convnet-d3-w32")),
+    small("fashion14", replace(_SMALL, iterations=60, lr=3.0, real_batch=32, network="convnet-d3-w32")),
     small("photos16 photos32", _PHOTOS),
     published("cifar10", 1, _IPC1, "dsa", _COMMANDS),
     published("cifar10", 10, _CIFAR, "dsa", _COMMANDS),
