@@ -43,7 +43,7 @@ ONE = {"formation": Pixels()}
 L1 = {"distance": LayerSum("l1", "conv"), "lr": 1e-4, "n_data": 500}
 TEN = {
     "distance": LayerSum("l1", "conv"), "lr": 3e-3, "outer": 500, "base_side": 224, "formation": MultiFormation(3, pad=True),
-    "early": 10, "cutmix": 1.0, "n_data": 500, "network": "resnet18ap",
+    "early": 10, "cutmix": 1.0, "n_data": 500, "network": "resnet10ap",
 }  # fmt: skip
 HUNDRED = TEN | {
     "lr": 1e-3, "lr_network": 0.1, "decay_network": 1e-4, "real_batch": 128, "network_batch": 128, "early": 5
@@ -162,7 +162,7 @@ def test_protocols_of_single_papers():
         assert plain.mode == "idc" and plain.schedule == "steps"
     for epochs in (667, 1000, 1333, 1500, 2000):
         large = PROTOCOLS[f"idc-imagenet-{epochs}"]
-        assert (large.epochs, large.cutmix, large.network) == (epochs, 1.0, "resnet18ap")
+        assert (large.epochs, large.cutmix, large.network) == (epochs, 1.0, "resnet10ap")
     assert protocol("idc").cutmix == 0.5
 
 

@@ -123,9 +123,9 @@ PROTOCOLS = {
         ),
         *(
             Protocol(
-                f"idc-imagenet-{epochs}", network="resnet18ap", epochs=epochs, batch=64, schedule="steps", cutmix=1.0, networks=3,
+                f"idc-imagenet-{epochs}", network="resnet10ap", epochs=epochs, batch=64, schedule="steps", cutmix=1.0, networks=3,
                 augmentation="color_crop_flip", mode="idc",
-                source="IDC on ImageNet subsets, there ResNetAP-10 and random resized crops, jitter and lighting; epochs by the "
+                source="IDC on ImageNet subsets, there random resized crops, jitter and lighting; epochs by the "
                 "number of decoded images",
             )
             for epochs in (667, 1000, 1333, 1500, 2000)

@@ -181,7 +181,7 @@ _DEEP = replace(
 _UNTRIED = "the settings of digits with a deeper network, not chosen on these data"
 _CHOSEN = "pixel rate chosen among three by a fifth of the training images"
 RECIPES = Recipes(
-    small("digits", _SMALL),
+    small("digits", replace(_SMALL, lr=0.01), source=_CHOSEN),
     small("fashion14", _DEEP, source=_CHOSEN),
     small("photos16 photos32", _DEEP, source=_UNTRIED),
 )

@@ -164,7 +164,7 @@ _L1 = replace(_CIFAR, distance=LayerSum("l1"), lr=1e-4, n_data=500)
 _SVHN = replace(_CIFAR, n_data=500)
 _MNIST = replace(_L1, base_side=28)
 _TEN = replace(
-    _L1, lr=3e-3, outer=500, base_side=224, network="resnet18ap", formation=MultiFormation(3, pad=True),
+    _L1, lr=3e-3, outer=500, base_side=224, network="resnet10ap", formation=MultiFormation(3, pad=True),
     early=10, cutmix=1.0,
 )  # fmt: skip
 _HUNDRED = replace(
@@ -177,7 +177,7 @@ _PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, l
 _NARROW = replace(_L1, outer=10, inner=10, n_data=128, network="convnet-d3-w32")
 _CUT = "100 of 200 000 steps, 128 of 500 real images between two, a quarter of the width; the rate chosen on a part of the training images"
 _REPRODUCE = "official settings (reproduce)"
-_AP = "official settings (reproduce), there with ResNetAP-10"
+_AP = "official settings (reproduce)"
 
 
 def without(method: IDC) -> IDC:
