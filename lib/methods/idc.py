@@ -177,7 +177,6 @@ _PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, l
 _NARROW = replace(_L1, outer=10, inner=10, n_data=128, network="convnet-d3-w32")
 _CUT = "100 of 200 000 steps, 128 of 500 real images between two, a quarter of the width; the rate chosen on a part of the training images"
 _REPRODUCE = "official settings (reproduce)"
-_AP = "official settings (reproduce)"
 
 
 def without(method: IDC) -> IDC:
@@ -204,16 +203,16 @@ RECIPES = Recipes(
     published("svhn", 1, _SVHN, "idc", _REPRODUCE),
     published("mnist", (1, 10, 50), replace(_MNIST, augmentation="color_crop", cutmix=0.0), "idc-plain", _REPRODUCE),
     # 90 and 180 decoded images of a class; "bound" from 20 stored ones on
-    published("imageidc", 10, _TEN, "idc-imagenet-1000", _AP),
-    published("imageidc", 20, replace(_TEN, bound=True), "idc-imagenet-1000", _AP),
-    published("imagenet100", 10, _HUNDRED, "idc-imagenet-667", _AP),
-    published("imagenet100", 20, replace(_HUNDRED, bound=True), "idc-imagenet-667", _AP),
+    published("imageidc", 10, _TEN, "idc-imagenet-1000", _REPRODUCE),
+    published("imageidc", 20, replace(_TEN, bound=True), "idc-imagenet-1000", _REPRODUCE),
+    published("imagenet100", 10, _HUNDRED, "idc-imagenet-667", _REPRODUCE),
+    published("imagenet100", 20, replace(_HUNDRED, bound=True), "idc-imagenet-667", _REPRODUCE),
     # IDC-I; what is particular to MNIST above holds for factors above 1 only
     *rows(without, "I"),
     published("svhn", 1, without(_SVHN), "idc-cutout", _REPRODUCE, variant="I"),
     published("mnist", (1, 10, 50), without(_MNIST), "idc", _REPRODUCE, variant="I"),
-    published("imageidc", 10, without(_TEN), "idc-imagenet-2000", _AP, variant="I"),
-    published("imageidc", 20, without(_TEN), "idc-imagenet-1500", _AP, variant="I"),
-    published("imagenet100", 10, without(_HUNDRED), "idc-imagenet-1333", _AP, variant="I"),
-    published("imagenet100", 20, without(_HUNDRED), "idc-imagenet-1000", _AP, variant="I"),
+    published("imageidc", 10, without(_TEN), "idc-imagenet-2000", _REPRODUCE, variant="I"),
+    published("imageidc", 20, without(_TEN), "idc-imagenet-1500", _REPRODUCE, variant="I"),
+    published("imagenet100", 10, without(_HUNDRED), "idc-imagenet-1333", _REPRODUCE, variant="I"),
+    published("imagenet100", 20, without(_HUNDRED), "idc-imagenet-1000", _REPRODUCE, variant="I"),
 )  # fmt: skip
