@@ -207,7 +207,7 @@ _PHOTOS = replace(
     lr=100.0, lr_hallucinators=0.001,
 )  # fmt: skip
 _BY_DM = replace(_DIGITS, iterations=60, objective=Features(64), lr=0.3, lr_hallucinators=1.5e-4)
-_BY_DM_DEEP = replace(_DEEP, iterations=50, objective=Features(32), lr=0.3, lr_hallucinators=1.5e-3)
+_BY_DM_DEEP = replace(_DEEP, iterations=50, objective=Features(32), lr=0.1, lr_hallucinators=1.5e-3)
 _SCRIPTS = "released scripts"
 _CHOSEN = "pixel rate chosen among three or more by a fifth of the training images"
 RECIPES = Recipes(
