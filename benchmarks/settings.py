@@ -7,7 +7,8 @@ A fifth of the training images of every class is set aside and judges; the sets 
 ``cpu-small`` with networks that no distillation saw; a set that is made for a schedule of its own (DD) by that schedule. The pixel
 rate is tried, at otherwise equal settings: papers publish it for a width of 128, and the distances of gradients and features grow
 with the width, so that the same rate moves the pixels of a narrow network several times less. While the best value lies at the end
-of those tried, the next one of 1, 3, 10, 30, ... is tried, too. A test holds the recipes to the best row of the table.
+of those tried, the next one of 1, 3, 10, 30, ... is tried, too. A test holds the recipes to a value that lies within a standard error
+of the best one: three sets do not tell such values apart.
 """
 
 from __future__ import annotations

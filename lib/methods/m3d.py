@@ -59,7 +59,7 @@ _PHOTOS = replace(_SMALL, iterations=40, lr=3.0, network="convnet-d3-w32", forma
                   augmentation="data")  # fmt: skip
 _RELEASED = "released configuration; the rates of the tables are in files that were not available"
 RECIPES = Recipes(
-    small("digits", replace(_SMALL, lr=30.0)),
+    small("digits", _SMALL),
     small("fashion14", replace(_SMALL, iterations=80, lr=3.0, real_batch=32, network="convnet-d3-w32")),
     small("photos16 photos32", _PHOTOS),
     published("cifar10 cifar100", (1, 10, 50), _PAPER, "m3d", _RELEASED),
