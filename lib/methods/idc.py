@@ -174,7 +174,7 @@ _SMALL = replace(_CIFAR, real_batch=32, network_batch=32, inner=10, outer=3, n_d
 _DIGITS = replace(_SMALL, network="convnet-d2-w32", lr=1.0, base_side=8, cutmix=0.0)
 _FASHION = replace(_DIGITS, lr=0.3, network="convnet-d3-w32", base_side=14)
 _PHOTOS = replace(_SMALL, outer=2, inner=5, network="convnet-d3-w32", most=12, lr=0.003)
-_NARROW = replace(_L1, outer=10, inner=10, n_data=128, network="convnet-d3-w32")
+_NARROW = replace(_L1, outer=10, inner=10, n_data=128, network="convnet-d3-w32", lr=0.1)
 _CUT = "100 of 200 000 steps, 128 of 500 real images between two, a quarter of the width; the rate chosen on a part of the training images"
 _REPRODUCE = "official settings (reproduce)"
 
