@@ -26,18 +26,17 @@ import torch
 from rich.console import Console
 
 from lib import data as datasets
+from lib.companion.benchmark import NARROW
 from lib.data import Data
 from lib.distill import distill
 from lib.evaluate import Spread, evaluate, protocol
 from lib.evaluate.schedule import Schedule, evaluate_schedule
 from lib.methods import recipes
 from lib.recipes import TWO_CORES, Recipe
-from lib.synset import SyntheticSet
 from lib.system.errors import CompanionError, unknown
 from lib.system.files import ROOT, write_text
 
 SETS, NETWORKS, MOST = 3, 2, 6  # MOST: values of a field, with those beyond the first grid
-NARROW = "convnet-d3-w32"  # what two cores train on large data
 TABLE = ROOT / "benchmarks" / "settings.csv"
 
 
@@ -58,22 +57,26 @@ class Trial:
         return recipes(self.method).named(self.data, self.ipc, self.variant)
 
     @property
+    def holder(self) -> Any:
+        """What has the field: the row's method, or a summand of its distance."""
+        method = self.recipe.method
+        if hasattr(method, self.field):
+            return method
+        return next(part for part in method.distance.parts if hasattr(part, self.field))
+
+    @property
     def value(self) -> float:
         """What the row has in the field."""
-        (found,) = (getattr(of, self.field) for of in self._holders() if hasattr(of, self.field))
-        return found
+        return getattr(self.holder, self.field)
 
     def method_with(self, value: float) -> Any:
         """The row's method with this value in the field."""
-        method, changed = self.recipe.method, {self.field: value}
-        if hasattr(method, self.field):
-            return replace(method, **changed)
-        parts = [replace(part, **changed) if hasattr(part, self.field) else part for part in method.distance.parts]
-        return replace(method, distance=replace(method.distance, parts=tuple(parts)))
-
-    def _holders(self) -> tuple:
-        method = self.recipe.method
-        return (method, *getattr(getattr(method, "distance", None), "parts", ()))
+        method, holder = self.recipe.method, self.holder
+        changed = replace(holder, **{self.field: value})
+        if holder is method:
+            return changed
+        parts = tuple(changed if part is holder else part for part in method.distance.parts)
+        return replace(method, distance=replace(method.distance, parts=parts))
 
     def rows(self, table: pd.DataFrame) -> pd.Series:
         """Which rows of the table are this trial's."""
@@ -127,13 +130,9 @@ def beyond(values: list[float], accuracies: list[float]) -> float | None:
     best = values[max(range(len(values)), key=accuracies.__getitem__)]
     if len(values) >= MOST or min(values) < best < max(values):
         return None
-    ladder = [m * 10.0**k for k in range(floor(log10(best)) - 2, floor(log10(best)) + 3) for m in (1, 3)]
-    near = 1e-9 * best
-    return (
-        min(v for v in ladder if v > best + near)
-        if best == max(values)
-        else max(v for v in ladder if v < best - near)
-    )
+    power = floor(log10(best))
+    ladder = [float(f"{m}e{k}") for k in range(power - 2, power + 3) for m in (1, 3)]
+    return min(v for v in ladder if v > best) if best == max(values) else max(v for v in ladder if v < best)
 
 
 def trials(trial: Trial, accuracy: Callable[[float], Spread]) -> list[dict]:
@@ -141,31 +140,20 @@ def trials(trial: Trial, accuracy: Callable[[float], Spread]) -> list[dict]:
     found: dict[float, Spread] = {value: accuracy(value) for value in trial.values}
     while (value := beyond(list(found), [spread.mean for spread in found.values()])) is not None:
         found[value] = accuracy(value)
-    about = {
-        "method": trial.method,
-        "data": trial.data,
-        "variant": trial.variant,
-        "ipc": trial.ipc,
-        "field": trial.field,
-    }
+    about = {name: getattr(trial, name) for name in ("method", "data", "variant", "ipc", "field")}
     return [
-        about | {"value": float(f"{value:g}"), "accuracy": round(s.mean, 2), "sd": round(s.sd, 2), "n": s.n}
+        about | {"value": value, "accuracy": round(s.mean, 2), "sd": round(s.sd, 2), "n": s.n}
         for value, s in sorted(found.items())
     ]
 
 
 def judged(trial: Trial, value: float, data: Data) -> Spread:
     """Accuracies of sets of that value on the judging images."""
-    recipe = trial.recipe
     method = trial.method_with(value)
     sets = [distill(method, data.train, trial.ipc, seed, cache=True).synset for seed in range(SETS)]
-    return _accuracies(recipe, sets, data)
-
-
-def _accuracies(recipe: Recipe, sets: list[SyntheticSet], data: Data) -> Spread:
-    if recipe.protocol == "own-schedule":
-        return evaluate_schedule(sets, data, Schedule(recipe.method.network), cache=True).spread
-    judge = protocol("cpu-small", data.train) if data.train.small else replace(protocol("dc"), network=NARROW)
+    if trial.recipe.protocol == "own-schedule":
+        return evaluate_schedule(sets, data, Schedule(method.network), cache=True).spread
+    judge = protocol("cpu-small", data.train) if data.train.small else protocol("dc", network=NARROW)
     return evaluate(sets, data, judge, 0, NETWORKS, cache=True).spread
 
 
