@@ -23,6 +23,7 @@ from lib.methods.mtt import MTT
 from lib.nets.experts import Experts
 from lib.nets.generators import KINDS, LayeredVAE, SpatialVAE, the_prior
 from lib.nets.generators import prior as priors
+from lib.nets.generators.gan import ACGAN
 from lib.nets.generators.inversion import encoded, invert
 from lib.nets.generators.prior import (
     relative_spread,
@@ -395,6 +396,42 @@ def test_without_its_terms_it_is_it_gan_and_glad(toy):
         a, b = dcgm.step(one, generator(3)), itgan.step(two, generator(3))
         torch.testing.assert_close(a["loss"], b["loss"])
     torch.testing.assert_close(one.codes, two.z)
+
+
+GAN_ = replace(
+    DCGM,
+    prior=ACGAN(
+        steps=3, batch=8, noise=6, width=4, least=2, convs=(0, 0), critic_width=4, critic_convs=1, strided=()
+    ),
+)
+
+
+def test_the_gan_loss_moves_generator_and_critic_and_stays_out_of_the_set(toy):
+    """With weight 0 it changes nothing; with a weight the critic learns, too, and what is stored is the generator alone."""
+    trained = the_prior(GAN_.prior, toy.train)
+    made = {}
+    for weight in (0.0, 0.5):
+        method = replace(GAN_, gan=weight)
+        state = method.begin(toy.train, 2, generator())
+        terms = method.step(state, generator(3))
+        assert ("gan" in terms) == ("critic" in terms) == (weight > 0)
+        made[weight] = method.finish(state)
+        assert made[weight].decoder.extra_bytes == 4 * sum(t.numel() for t in trained.generating().values())
+    moved = [(a != b).any() for a, b in zip(state.generator.critic.parameters(), trained.critic.parameters(), strict=True)]
+    assert sum(moved) >= len(moved) - 1  # the bias of the source cancels in the loss
+    assert (made[0.5].decoder.weights != made[0.0].decoder.weights).any()
+    torch.testing.assert_close(
+        terms["loss"], terms["match"] + terms["intra"] + terms["inter"] + 0.5 * terms["gan"]
+    )
+
+
+def test_the_gan_loss_needs_a_critic_and_a_generator_that_learns():
+    with pytest.raises(CompanionError, match="has no critic: with gan=0.1 an ACGAN is allowed"):
+        replace(DCGM, gan=0.1)
+    with pytest.raises(CompanionError, match="gan 0.1 for a frozen generator: allowed is 0"):
+        replace(GAN_, gan=0.1, learn_generator=False)
+    with pytest.raises(CompanionError, match="gan -1.0 is not allowed: 0 or more"):
+        replace(GAN_, gan=-1.0)
 
 
 def test_learned_numbers_are_codes_and_generator(toy):

@@ -197,6 +197,7 @@ CASES = {
     "dcgm": [
         Case(DCGM),
         Case(replace(DCGM, centred=False, learn_generator=False, augmentation="none"), ipc=1),
+        Case(replace(DCGM, prior=DIM.prior, gan=0.5, lr_generator=1e-3)),
     ],
     "glad": [Case(GLAD), Case(replace(GLAD, space="z", chunk=None), ipc=1)],
     "haba": [

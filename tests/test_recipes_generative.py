@@ -7,6 +7,8 @@ from helpers import check_missing, check_published, published_rows, typed_and_fo
 
 from lib.evaluate.protocol import PROTOCOLS
 from lib.methods import recipes
+from lib.nets.bank import Bank
+from lib.nets.experts import Experts
 from lib.nets.generators.prior import Brought
 from lib.nets.training import schedule
 
@@ -15,6 +17,7 @@ ITGAN = {
     "augmentation": "data", "inversion": "adam", "inversion_steps": 5000, "inversion_lr": 0.1, "inversion_batch": 100,
     "cosine": False, "classifier_epochs": 200,
 }  # fmt: skip
+BANK = Experts(100, lr=0.01, momentum=0.9, weight_decay=5e-4, batch=256, epochs=50)
 SUBSETS = "imagenet-a imagenet-b imagenet-c imagenet-d imagenet-e"
 GLAD = {"space": "f20", "iterations": 1000, "lr": 10.0, "lr_w": 0.01, "momentum": 0.5, "chunk": 10, "init": "noise",
         "average": False, "random_map": False, "learn_generator": False, "lr_generator": 1e-4}  # fmt: skip
@@ -24,6 +27,10 @@ PUBLISHED = {
     ("itgan", ""): [
         ("cifar10", (5000,), "itgan", ITGAN, {}),
         ("cifar100", (500,), "itgan", ITGAN, {"batch": 500}),
+    ],
+    ("itgan", "bank"): [
+        ("cifar10", (5000,), "itgan", ITGAN, {"networks": Bank(BANK)}),
+        ("cifar100", (500,), "itgan", ITGAN, {"batch": 500, "networks": Bank(BANK, least=40.0)}),
     ],
 } | {
     ("glad", f"{loss} {size}" if size != 128 else loss.replace("DM", "")): [

@@ -11,9 +11,9 @@ second term keeps every image near its partner, so that the images of a class do
 by the three batches.
 
 Paper and code: the released script draws a network for every class, here one serves all classes of a step, as in DM; its Adam per class is
-the joint one, coordinate by coordinate. It skips the second term at $\lambda\le10^{-5}$, and so does this. The released latents were made
-with a bank of partly trained networks chosen by test accuracy; left out, as the script's default is random networks. Names of the
-released files print $\lambda$ as 0.000.
+the joint one, coordinate by coordinate. It skips the second term at $\lambda\le10^{-5}$, and so does this. Its default is random
+networks, and so it is here; the released latents were made with a bank of partly trained ones: ``networks=Bank()`` (``lib.nets.bank``), the
+recipes of variant "bank". Names of the released files print $\lambda$ as 0.000.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from lib.data.imageset import ImageSet
 from lib.formation import by_class
 from lib.formation.generated import Generated
 from lib.match.features import class_mean, paired
+from lib.nets.bank import Bank
 from lib.nets.ensemble import Ensemble
+from lib.nets.experts import Experts
 from lib.nets.generators import BigGAN, Generator, LayeredVAE, Prior, SpatialVAE, the_prior
 from lib.nets.generators.inversion import encoded, invert
 from lib.nets.generators.prior import room_for, to_data
@@ -208,19 +210,33 @@ _DIGITS = ITGAN(
 _PHOTOS = replace(
     _DIGITS, prior=SpatialVAE(), lr=0.02, real_batch=32, network="convnet-d3-w32", augmentation="data", inversion="encoder"
 )  # fmt: skip
-_AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
+_AS_DIGITS = (
+    "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
+)
 _FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), real_batch=32, network="convnet-d3-w32")
+_FEW = Bank(Experts(10, momentum=0.9, batch=64, epochs=10))
 _SCRIPTS = "released training scripts; one latent for every training image, split in four jobs a class"
+_BANK = "what the released latents were made with: snapshots by accuracy, here of training images"
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small(
+        "digits",
+        replace(_DIGITS, networks=_FEW),
+        variant="bank",
+        source="as published but for the number of runs and epochs, not tried",
+    ),
     small("fashion14", _FASHION, source=_AS_DIGITS),
     small("photos16 photos32", _PHOTOS),
     published("cifar10", 5000, _PAPER, "itgan", _SCRIPTS),
+    published("cifar10", 5000, replace(_PAPER, networks=Bank()), "itgan", _BANK, variant="bank"),
     published(
         "cifar100",
         500,
         replace(_PAPER, batch=500),
         "itgan",
         "released training scripts; jobs of five classes",
+    ),
+    published(
+        "cifar100", 500, replace(_PAPER, batch=500, networks=Bank(least=40.0)), "itgan", _BANK, variant="bank"
     ),
 )
