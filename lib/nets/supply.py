@@ -1,7 +1,8 @@
 r"""Which network a step of matching looks at: $\theta\sim\mathcal Q$ as a value, as formations and samplers are.
 
 A supply is a frozen dataclass with ``begin`` (what it keeps), ``draw`` (the network of this step, frozen) and ``after`` (what happens
-to its networks once the images have moved). What it keeps has ``state_dict`` and ``load_state_dict``: a checkpoint holds it.
+to its networks once the images have moved). What it keeps goes into a checkpoint, by ``state_dict`` and ``load_state_dict`` or as a
+dataclass. A third supply, partly trained networks, is ``lib.nets.bank``.
 """
 
 from __future__ import annotations
