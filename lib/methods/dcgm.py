@@ -185,9 +185,7 @@ _DIGITS = DCGM(iterations=150, real_batch=64, network="convnet-d2-w32", augmenta
 _PHOTOS = replace(
     _DIGITS, prior=SpatialVAE(), start="encoder", real_batch=32, network="convnet-d3-w32", augmentation="data"
 )  # fmt: skip
-_AS_DIGITS = (
-    "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
-)
+_AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
 _FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), real_batch=32, network="convnet-d3-w32")
 _OURS = "our choices, not tried: no settings of the authors are known"
 RECIPES = Recipes(

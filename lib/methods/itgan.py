@@ -210,9 +210,7 @@ _DIGITS = ITGAN(
 _PHOTOS = replace(
     _DIGITS, prior=SpatialVAE(), lr=0.02, real_batch=32, network="convnet-d3-w32", augmentation="data", inversion="encoder"
 )  # fmt: skip
-_AS_DIGITS = (
-    "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
-)
+_AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
 _FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), real_batch=32, network="convnet-d3-w32")
 _FEW = Bank(Experts(10, momentum=0.9, batch=64, epochs=10))
 _SCRIPTS = "released training scripts; one latent for every training image, split in four jobs a class"

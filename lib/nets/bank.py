@@ -62,10 +62,8 @@ class Bank:
         Raises:
             CompanionError: there is none; a network with running statistics.
         """
-        like, weights = (
-            template(name, train),
-            self.experts.record(name, train, self.experts.epochs).flatten(0, 1),
-        )
+        like = template(name, train)
+        weights = self.experts.record(name, train, self.experts.epochs).flatten(0, 1)
         percents = self.accuracies(like, weights, train)
         kept = (percents >= self.least) & (percents <= self.most)
         if not kept.any():
