@@ -32,7 +32,6 @@ from lib.formation.generated import Generated
 from lib.match.features import class_mean, paired
 from lib.nets.bank import Bank
 from lib.nets.ensemble import Ensemble
-from lib.nets.experts import Experts
 from lib.nets.generators import BigGAN, Generator, LayeredVAE, Prior, SpatialVAE, the_prior
 from lib.nets.generators.inversion import encoded, invert
 from lib.nets.generators.prior import room_for, to_data
@@ -212,17 +211,10 @@ _PHOTOS = replace(
 )  # fmt: skip
 _AS_DIGITS = "the settings of digits with a network for 14 pixels and a longer trained prior, not chosen on these data"
 _FASHION = replace(_DIGITS, prior=LayeredVAE(steps=1000), real_batch=32, network="convnet-d3-w32")
-_FEW = Bank(Experts(10, momentum=0.9, batch=64, epochs=10))
 _SCRIPTS = "released training scripts; one latent for every training image, split in four jobs a class"
 _BANK = "what the released latents were made with: snapshots by accuracy, here of training images"
 RECIPES = Recipes(
     small("digits", _DIGITS),
-    small(
-        "digits",
-        replace(_DIGITS, networks=_FEW),
-        variant="bank",
-        source="as published but for the number of runs and epochs, not tried",
-    ),
     small("fashion14", _FASHION, source=_AS_DIGITS),
     small("photos16 photos32", _PHOTOS),
     published("cifar10", 5000, _PAPER, "itgan", _SCRIPTS),
