@@ -134,6 +134,24 @@ def test_an_image_grid_shows_the_pixels_themselves():
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a", "b"]
 
 
+def test_a_title_is_seen_to_its_end():
+    """A figure is as wide as its title, if that is long; the picture keeps its size."""
+    images = torch.rand(4, 1, 8, 8)
+    for title in (
+        "DM on digits IPC 1",
+        "M3D (m3d, multi-formation, representative, dsa) on digits IPC 1, before the first step",
+    ):
+        for fig in (
+            plots.image_grid(images, torch.arange(4), ["a", "b", "c", "d"], title),
+            plots.film_strip(images.view(2, 2, 1, 8, 8), [0, 100], ["a", "b"], title),
+        ):
+            fig.draw_without_rendering()
+            (heading,) = [text for text in fig.findobj(Text) if text.get_text() == title]
+            box, picture = heading.get_window_extent(), fig.axes[0].get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+            assert abs(box.x0 - picture.x0) < 2 and picture.height > 0.4 * fig.bbox.height
+
+
 def test_classes_without_images_leave_no_gap():
     fig = plots.image_grid(torch.rand(3, 1, 4, 4), torch.tensor([0, 2, 2]), ["a", "b", "c"], columns=1)
     assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["a", "c"]

@@ -6,6 +6,7 @@ Tensors are accepted wherever arrays are. What has a mean and a deviation comes 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from lib.system.errors import CompanionError, choose, unknown
 
 ACCURACY = "test accuracy (%)"
 LEVELS = ((0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))  # dashes of level lines
+TITLE_LETTER = 0.07  # inches at least, of a title
 
 
 def image_grid(images01, labels, classes: Sequence[str], title: str = "", columns: int | None = None):
@@ -403,7 +405,7 @@ def _mosaic(
     size = (canvas.shape[1] * scale + label, canvas.shape[0] * scale + 0.3 * bool(title) + below)
     fig, ax = _axes(width=max(size[0], 2.6), height=size[1])
     ax.imshow(canvas)
-    ax.set_title(title)
+    heading = ax.set_title(title)
     ax.spines[:].set_visible(False)
     ax.grid(visible=False)
     ax.tick_params(length=0)
@@ -411,4 +413,17 @@ def _mosaic(
     ax.set_xticks([j * (wide + gap) + wide / 2 for j in range(across)] if bottom else [], bottom or [])
     if tilted:
         ax.tick_params(axis="x", labelrotation=35)
+    if TITLE_LETTER * len(title) > size[0] - label:  # perhaps too long, which only a layout tells
+        _make_room(fig, heading)
     return fig
+
+
+def _make_room(fig, heading) -> None:
+    """Widen a figure whose title leaves it at the right; the picture stays at the left, under the title."""
+    with warnings.catch_warnings():  # of a figure so narrow that its layout fails
+        warnings.simplefilter("ignore", UserWarning)
+        fig.draw_without_rendering()
+    beyond = heading.get_window_extent().x1 - fig.bbox.x1
+    if beyond > 0:
+        fig.set_figwidth(fig.get_figwidth() + beyond / fig.dpi + 0.1)
+        heading.axes.set_anchor("W")
