@@ -17,7 +17,7 @@ from lib.system.errors import CompanionError, choose, unknown
 
 ACCURACY = "test accuracy (%)"
 LEVELS = ((0, (6, 3)), (0, (2, 2)), (0, (8, 2, 2, 2)))  # dashes of level lines
-TITLE_LETTER = 0.07  # inches at least, of a title
+TITLE_LETTER = 0.1  # inches at most, of a title
 
 
 def image_grid(images01, labels, classes: Sequence[str], title: str = "", columns: int | None = None):
