@@ -45,6 +45,21 @@ def test_it_keeps_the_snapshots_within_its_bounds(toy):
     assert 0 < len(above.weights) < 14
 
 
+def test_the_snapshots_are_judged_once_for_all_sets(toy, monkeypatch):
+    """Bounds are looked at afterwards; another number of judges asks anew."""
+    calls, judge = [], Bank.accuracies
+    monkeypatch.setattr(
+        Bank, "accuracies", lambda self, *given: calls.append(self.judges) or judge(self, *given)
+    )
+    bank = replace(ALL, judges=17)
+    first, second = (bank.begin(NET, toy.train, generator(k)) for k in range(2))
+    assert torch.equal(first.percents, second.percents) and calls == [17]
+    replace(bank, most=float(first.percents.max())).begin(NET, toy.train, generator())
+    assert calls == [17]
+    replace(bank, judges=18).begin(NET, toy.train, generator())
+    assert calls == [17, 18]
+
+
 def test_a_step_looks_at_any_of_them_and_trains_none(toy):
     memory, g = ALL.begin(NET, toy.train, generator()), generator(3)
     kept, counts = memory.weights.clone(), torch.zeros(14)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lib.nets.experts import Experts
 from lib.nets.flat import logits, template, unflatten
+from lib.system.cache import digest, stored
+from lib.system.code import code_digest
 from lib.system.errors import CompanionError, whole
 
 AT_ONCE = 8  # snapshots that are judged as one ensemble
@@ -64,7 +66,10 @@ class Bank:
         """
         like = template(name, train)
         weights = self.experts.record(name, train, self.experts.epochs).flatten(0, 1)
-        percents = self.accuracies(like, weights, train)
+        about = (self.experts, self.judges, name, train.fingerprint, train.device.type)
+        key = digest(*about, code_digest(__name__))  # all sets of a run ask for the same numbers
+        judged = stored(f"bank-{key}", lambda: {"percents": self.accuracies(like, weights, train)})
+        percents = judged["percents"]
         kept = (percents >= self.least) & (percents <= self.most)
         if not kept.any():
             raise CompanionError(
