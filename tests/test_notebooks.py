@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from lib.methods import METHODS
 from lib.plain import text as text_of
 from lib.system.files import ROOT
+from lib.system.naming import CASE_PARAMETERS
 from workflow.pages.normalise import BYTES, normalised
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -145,7 +146,21 @@ def _parameter_complaints(code) -> list[str]:
         except ValueError:
             wrong.append(f"parameters are literals, not: {ast.unparse(statement)}")
     missing = {"profile", "seed"} - set(found)
-    return wrong + [f"parameter {name} is missing" for name in sorted(missing)]
+    wrong += [f"parameter {name} is missing" for name in sorted(missing)]
+    return wrong + _unheard(code, {"profile", *CASE_PARAMETERS} & set(found))
+
+
+def _unheard(code, names: set[str]) -> list[str]:
+    """What decides the folder of the results reaches ``start``: else a run with a changed value would write over the plain one."""
+    nodes = [node for cell in code for node in ast.walk(ast.parse(_python(cell.source)))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "start"]
+    given = [{keyword.arg for keyword in call.keywords} for call in calls]
+    return [
+        f"parameter {name} does not reach start"
+        for name in sorted(names)
+        for heard in given
+        if name not in heard
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -195,6 +210,10 @@ def test_a_good_notebook_passes():
         ),
         ("are annotated", lambda node: node.cells[1].update(source="profile: str = 'cpu'\nseed = 0")),
         ("parameter seed is missing", lambda node: node.cells[1].update(source="profile: str = 'cpu'")),
+        (
+            "seed does not reach start",
+            lambda node: node.cells[2].update(source="start('20_dm', profile=profile)"),
+        ),
         ("over 25 lines", lambda node: node.cells[2].update(source="x = 1\n" * 26 + "x")),
         ("at most 15", lambda node: node.cells.extend(new_code_cell("1") for _ in range(14))),
         ("absolute path", lambda node: node.cells[2].update(source="open('/home/me/x')")),
