@@ -245,19 +245,36 @@ def test_an_expert_does_not_depend_on_how_many_there_are():
     torch.testing.assert_close(QUICK.last("mlp", train, 1), two[:, 1])
 
 
-def test_experts_are_kept_by_content(monkeypatch, tmp_path):
-    train, calls = toy_data().train, []
-    real = Experts._train
+def count_trainings(monkeypatch) -> list:
+    calls, real = [], Experts._train
     monkeypatch.setattr(Experts, "_train", lambda self, *a: calls.append(a) or real(self, *a))
-    first = QUICK.record("mlp", train, 1)
-    assert torch.equal(QUICK.record("mlp", train, 1), first) and len(calls) == 1
+    return calls
+
+
+def test_experts_are_kept_by_content(monkeypatch, tmp_path):
+    train, calls = toy_data().train, count_trainings(monkeypatch)
+    fast = replace(QUICK, momentum=0.5)  # one file for all epochs
+    first = fast.record("mlp", train, 1)
+    assert torch.equal(fast.record("mlp", train, 1), first) and len(calls) == 1
     (path,) = (tmp_path / "cache").glob("experts-*.safetensors")
     path.write_bytes(path.read_bytes()[:-20])  # damaged: recorded anew
-    assert torch.equal(QUICK.record("mlp", train, 1), first) and len(calls) == 2
+    assert torch.equal(fast.record("mlp", train, 1), first) and len(calls) == 2
     for other in (("lenet", train, 1), ("mlp", toy_data(seed=3).train, 1), ("mlp", train, 2)):
-        QUICK.record(*other)
-    replace(QUICK, lr=0.02).record("mlp", train, 1)
+        fast.record(*other)
+    replace(fast, lr=0.02).record("mlp", train, 1)
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("law", [{}, {"batch": 7, "augmentation": "data"}, {"weight_decay": 0.1, "count": 9}])
+def test_a_longer_trajectory_goes_on_from_a_shorter_one(monkeypatch, law):
+    train, calls, experts = toy_data().train, count_trainings(monkeypatch), replace(QUICK, **law)
+    monkeypatch.setattr("lib.nets.training.EPOCHS_PER_DRAW", 2)  # the numbers of earlier epochs are drawn again
+    at_once = experts._train("mlp", train, tuple(range(6)), None)
+    short, longer = (experts.record("mlp", train, reach) for reach in (2, 5))
+    assert torch.equal(longer, at_once) and torch.equal(longer[:, :3], short)
+    assert [len(call[2]) for call in calls] == [6] + [1] * 6  # each epoch once
+    assert torch.equal(replace(experts, epochs=4).record("mlp", train, 1), at_once[:, :5])
+    assert torch.equal(experts.last("mlp", train, 3), at_once[:, 3]) and len(calls) == 7
 
 
 def test_a_full_disk_while_recording_is_one_line(monkeypatch):

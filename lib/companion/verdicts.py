@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from lib.evaluate.spread import Spread, spread_of
 from lib.system.errors import CompanionError
@@ -114,7 +114,7 @@ def judge_better(
         raise CompanionError(f"the claim {text!r} needs its source, such as 'Table 2' or 'section 4.1'")
     a, b = spread_of(a, f"{text!r}"), spread_of(b, f"{text!r}")
     difference, error, freedom, unit = _paired(text, a, b) if paired else _welch(text, a, b)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error if error > 0 else 0.0
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error if error > 0 else 0.0
     low, high = difference - half, difference + half
     outcome = CONFIRMED if low > 0 else CONTRADICTED if high < 0 else UNRESOLVED
     if lower and outcome != UNRESOLVED:

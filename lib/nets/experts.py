@@ -1,12 +1,13 @@
 """Experts: networks trained on the real data, whose weights after every epoch are kept (MTT's buffer, arXiv 2203.11932).
 
 One buffer serves all methods that follow trajectories, all distilled sets of a run, and all that start again: it is kept in the
-cache under a key of settings, network, data and code. A damaged file is recorded anew.
+cache under a key of settings, network, data and code. Who reads further than it goes has it continued, who reads less takes its
+beginning. A damaged file is recorded anew.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,16 +64,25 @@ class Experts:
             raise CompanionError(
                 f"experts of {self.epochs} epochs, but epoch {reach} is read: allowed {reach} or more"
             )
-        return self._kept(network, train, tuple(range((self.epochs or reach) + 1)))
+        epochs = range((self.epochs or reach) + 1)
+        if self.momentum or self.adam:  # weights alone do not say how to go on
+            return self._kept(network, train, tuple(epochs))
+        found: list[Tensor] = []
+        for epoch in epochs:
+            found += self._kept(network, train, (epoch,), *found[-1:]).unbind(1)
+        return torch.stack(found, 1)
 
     def last(self, network: str, train, epochs: int) -> Tensor:
         """Weights after so many epochs alone, ``(count, P)``; errors as :meth:`record`."""
         return self._kept(network, train, (epochs,))[:, 0]
 
-    def _kept(self, network: str, train, wanted: tuple[int, ...]) -> Tensor:
+    def _kept(self, network: str, train, wanted: tuple[int, ...], before: Tensor | None = None) -> Tensor:
+        """``(count, len(wanted), P)``; ``before``: the weights one epoch before the first of those wanted, to go on from."""
         check_several(train.num_classes, "a trajectory of experts")
-        key = digest(self, network, wanted, train.fingerprint, train.device.type, code_digest(__name__))
-        found = stored(f"experts-{key}", lambda: {"weights": self._train(network, train, wanted)})["weights"]
+        law = replace(self, epochs=None)
+        key = digest(law, network, wanted, train.fingerprint, train.device.type, code_digest(__name__))
+        kept = stored(f"experts-{key}", lambda: {"weights": self._train(network, train, wanted, before)})
+        found = kept["weights"]
         if not bool(found.isfinite().all()):
             raise CompanionError(f"an expert {network} diverged on {train.name} at learning rate {self.lr:g}")
         return found
@@ -86,16 +96,29 @@ class Experts:
         """The learning rate of an epoch, counted from 0."""
         return self.lr if self.halve_every is None else self.lr * 0.5 ** (int(epoch) // self.halve_every)
 
-    def _train(self, network: str, train, wanted: tuple[int, ...]) -> Tensor:
+    def _train(self, network: str, train, wanted: tuple[int, ...], before: Tensor | None) -> Tensor:
         like, generators = template(network, train), self.generators(train.device)
-        groups = [generators[k : k + SIDE_BY_SIDE] for k in range(0, self.count, SIDE_BY_SIDE)]
-        return torch.cat([self._group(like, train, wanted, group) for group in groups])
+        groups = [slice(k, k + SIDE_BY_SIDE) for k in range(0, self.count, SIDE_BY_SIDE)]
+        starts = [None if before is None else before[group].to(train.device) for group in groups]
+        found = [
+            self._group(like, train, wanted, generators[group], start)
+            for group, start in zip(groups, starts, strict=True)
+        ]
+        return torch.cat(found)
 
     def _group(
-        self, like: nn.Module, train, wanted: tuple[int, ...], generators: list[torch.Generator]
+        self,
+        like: nn.Module,
+        train,
+        wanted: tuple[int, ...],
+        generators: list[torch.Generator],
+        before: Tensor | None,
     ) -> Tensor:
-        start = unflatten(draw(like, generators, self.law), like)
-        networks = Ensemble(like, {name: w.contiguous().requires_grad_() for name, w in start.items()}, {})
+        drawn = draw(like, generators, self.law)  # also before going on: batches come after it in the stream
+        start = unflatten(drawn if before is None else before, like)
+        networks = Ensemble(
+            like, {name: w.contiguous().clone().requires_grad_() for name, w in start.items()}, {}
+        )
         parameters, snapshots = list(networks.parameters.values()), []
         adam = torch.optim.Adam(parameters, betas=(0.5, 0.999), fused=True) if self.adam else None
 
@@ -103,13 +126,15 @@ class Experts:
             if done in wanted:  # a copy: the optimiser goes on in place
                 snapshots.append(flatten(networks.parameters).detach().cpu().clone())
 
-        keep(0)
+        if before is None:
+            keep(0)
         sgd_steps(
             networks,
             train.images.unsqueeze(0),
             train.labels.unsqueeze(0),
             generators,
             epochs=max(wanted),
+            first=0 if before is None else wanted[0] - 1,
             lr=self.rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,

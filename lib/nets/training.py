@@ -29,6 +29,7 @@ def sgd_steps(
     generators: Sequence[torch.Generator],
     *,
     epochs: int,
+    first: int = 0,
     lr: float | Callable[[float], float] = 0.01,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
@@ -48,7 +49,7 @@ def sgd_steps(
     Args:
         images: ``(K, m, c, h, w)``, or ``(1, m, c, h, w)`` when all networks learn the same set.
         labels: ``(K or 1, m)`` class indices, or ``(K or 1, m, C)`` probabilities.
-        epochs: passes over the set; lr: a number, or a function of the epoch and the part of it that is done, such as 2.5.
+        epochs: passes over the set; first: of them that were done earlier, with the same random numbers; lr: a number, or a function of the epoch and the part of it that is done, such as 2.5.
         batch: mini-batch size; the last batch of an epoch may be shorter. A set that fits one batch is not shuffled.
         augmentation: DSA strategy: one family per batch, own parameters per image; ``none`` for none.
         mode: how families combine (``lib.augment.Draw``); cutmix: probability of CutMix per batch.
@@ -67,7 +68,7 @@ def sgd_steps(
     m, size = images.shape[1], min(batch, images.shape[1])
     chance = _Chance(generators, m, size, augment.strategy(augmentation), mode, cutmix)
     total = torch.zeros(networks.size, device=images.device)
-    for epoch in range(epochs):
+    for epoch in range(first, epochs):
         if epoch in fresh_at:
             optimiser = sgd(parameters, momentum, weight_decay, nesterov)
         total = torch.zeros_like(total)
@@ -232,9 +233,12 @@ class _Chance:
 
     def _draw(self, epoch: int) -> None:
         """Draw the numbers of the next :data:`EPOCHS_PER_DRAW` epochs when the first of them begins."""
-        if epoch // EPOCHS_PER_DRAW == self.drawn:
-            return
-        self.drawn, span = epoch // EPOCHS_PER_DRAW, EPOCHS_PER_DRAW
+        while self.drawn < epoch // EPOCHS_PER_DRAW:
+            self.drawn += 1
+            self._draw_next()
+
+    def _draw_next(self) -> None:
+        span = EPOCHS_PER_DRAW
         families = 1 if self.mode == "single" else len(self.names)
 
         def each(shape: tuple[int, ...]) -> Tensor:
