@@ -49,7 +49,8 @@ def sgd_steps(
     Args:
         images: ``(K, m, c, h, w)``, or ``(1, m, c, h, w)`` when all networks learn the same set.
         labels: ``(K or 1, m)`` class indices, or ``(K or 1, m, C)`` probabilities.
-        epochs: passes over the set; first: of them that were done earlier, with the same random numbers; lr: a number, or a function of the epoch and the part of it that is done, such as 2.5.
+        epochs: passes over the set; first: so many were done earlier, whose random numbers are passed over.
+        lr: a number, or a function of the epoch and the part of it that is done, such as 2.5.
         batch: mini-batch size; the last batch of an epoch may be shorter. A set that fits one batch is not shuffled.
         augmentation: DSA strategy: one family per batch, own parameters per image; ``none`` for none.
         mode: how families combine (``lib.augment.Draw``); cutmix: probability of CutMix per batch.
