@@ -267,7 +267,7 @@ def clipped(gradient: Tensor, other: Tensor) -> Tensor:
 _SMALL = RCIG(
     iterations=150, networks=4, lr=3e-2, real_batch=128, width=16, depth=2, solver="exact", flip=False
 )
-_FASHION = replace(_SMALL, iterations=60)
+_FASHION = replace(_SMALL, iterations=80)
 _DEEP = RCIG(depth=4, softplus=0.0)
 _HIGH = RCIG(depth=5, softplus=0.0, ridge=0.05)
 _CONFIG, _BLOCKS = "published configurations", "theirs are whitened in blocks"
