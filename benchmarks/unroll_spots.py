@@ -82,7 +82,7 @@ def recorder(setting: Setting) -> HotSpot:
     wanted = SimpleNamespace(experts=chosen, network=setting.network, reach=EPOCHS)
 
     def ours() -> Tensor:
-        return chosen._train(setting.network, train, tuple(range(EPOCHS + 1)))
+        return chosen._train(setting.network, train, tuple(range(EPOCHS + 1)), None)
 
     def loop() -> Tensor:
         ways = experts(wanted, train)
