@@ -122,6 +122,20 @@ def _spread(*values):
     return Spread.of(values)
 
 
+def test_a_claim_about_a_table_is_not_tested_where_an_entry_was_not_made(begin):
+    run, table = begin(), {"dm": _spread(86, 87, 85), "random": _spread(60, 64, 68), "": _spread(86, 85, 84)}
+    run.better_in(table, "DM beats random", "dm", "random", "Table 1")
+    run.better_in(table, "DM beats itself", "dm", "", "Table 1", paired=True, lower=True)
+    run.better_in(table, "DM beats DSA", "dm", "dsa", "Table 2")
+    run.better_in(table, "DSA beats DM", "dsa", "dm", "Table 2", needs="a night")
+    pair = (table["dm"], table["random"]), (table["dm"], table[""])
+    run.better("DM beats random", *pair[0], "Table 1")
+    run.better("DM beats itself", *pair[1], "Table 1", paired=True, lower=True)
+    run.untested("DM beats DSA", "Table 2", needs="the profile overnight")
+    run.untested("DSA beats DM", "Table 2", needs="a night")
+    assert run.judged[:4] == run.judged[4:]
+
+
 def test_a_verdict_is_one_line_with_its_numbers_at_the_end(begin, capsys):
     run = begin()
     assert run.better("DM beats random", _spread(86, 87, 85), _spread(60, 64, 68), "Table 1")

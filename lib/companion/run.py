@@ -270,6 +270,19 @@ class Run:
             verdicts.judge_better(text, a, b, source, lower=lower, paired=paired, digits=digits)
         )
 
+    def better_in(
+        self, table, text: str, a, b, source: str, *, needs: str = "the profile overnight", **options
+    ) -> None:
+        """:meth:`better` of the entries ``a`` and ``b`` of a table of results; not tested where one of them was not made.
+
+        Args:
+            table: key -> result or Spread; needs: what a missing entry would need; options: as of :meth:`better`.
+        """
+        if a in table and b in table:
+            self.better(text, table[a], table[b], source, **options)
+        else:
+            self.untested(text, source, needs=needs)
+
     def untested(self, text: str, source: str, *, needs: str) -> None:
         """A claim of the paper that is not judged here, and what that would need."""
         self._judge(verdicts.judge_untested(text, source, needs))
