@@ -93,6 +93,10 @@ def test_a_notebook_may_change_fields_of_a_profile(begin):
     assert begin(changes={"overnight": {"sets": 9}}).profile == PROFILES["cpu"]
 
 
+def test_every_profile_but_the_first_look_is_long(begin):
+    assert {name: begin(profile=name, device="cpu").long for name in PROFILES} == {"cpu": False, "overnight": True, "paper": True}
+
+
 def test_start_makes_all_random_streams_repeat(begin):
     def draws():
         run = begin(seed=7, threads=1)

@@ -139,6 +139,11 @@ class Run:
         )
 
     @property
+    def long(self) -> bool:
+        """Whether the long sections are computed, too: in every profile but the first look."""
+        return self.profile.name != "cpu"
+
+    @property
     def bars(self) -> bool:
         """Whether progress bars are shown: only where somebody watches, and ``$COMPANION_BARS`` (0 or 1)
         decides first.
