@@ -81,7 +81,7 @@ class Trial:
     def rows(self, table: pd.DataFrame) -> pd.Series:
         """Which rows of the table are this trial's."""
         mine = (table["method"] == self.method) & (table["data"] == self.data)
-        return mine & (table["variant"] == self.variant)
+        return mine & (table["variant"] == self.variant) & (table["ipc"] == self.ipc)
 
 
 LOW, MIDDLE, HIGH, FAST = (0.03, 0.1, 0.3), (0.1, 0.3, 1.0), (0.3, 1.0, 3.0), (1.0, 3.0, 10.0)
@@ -93,6 +93,7 @@ TRIALS = [
     Trial("dd", "digits", (0.01, 0.03, 0.1)),
     Trial("mtt", "digits", (10.0, 30.0, 100.0)),
     Trial("haba", "digits", (3.0, 10.0, 30.0)),
+    Trial("haba", "digits", (10.0, 30.0, 100.0), ipc=10),
     Trial("haba", "digits", LOW, "on DM"),
     Trial("esp", "digits", (0.01, 0.03, 0.1)),
     Trial("lcmat_c", "digits", FAST, field="rho"),
@@ -103,6 +104,7 @@ TRIALS = [
     Trial("dd", "fashion14", LOW),
     Trial("mtt", "fashion14", (30.0, 100.0, 300.0)),
     Trial("haba", "fashion14", (10.0, 30.0, 100.0)),
+    Trial("haba", "fashion14", (30.0, 100.0, 300.0), ipc=10),
     Trial("haba", "fashion14", MIDDLE, "on DM"),
     Trial("esp", "fashion14", (0.01, 0.03, 0.1)),
     Trial("idc", "photos16", (0.003, 0.01, 0.03), ipc=5),
@@ -195,8 +197,8 @@ def _run(chosen: list[Trial], table: Path) -> None:
             else pd.DataFrame(columns=list(rows[0]))
         )
         frame = pd.concat([old[~trial.rows(old)], pd.DataFrame(rows)], ignore_index=True)
-        place = {(t.method, t.data, t.variant): at for at, t in enumerate(TRIALS)}
-        keys = zip(frame["method"], frame["data"], frame["variant"], strict=True)
+        place = {(t.method, t.data, t.variant, t.ipc): at for at, t in enumerate(TRIALS)}
+        keys = zip(frame["method"], frame["data"], frame["variant"], frame["ipc"], strict=True)
         frame["place"] = [place.get(key, len(place)) for key in keys]
         frame = frame.sort_values(["place", "value"], kind="stable").drop(columns="place")
         write_text(table, frame.to_csv(index=False))

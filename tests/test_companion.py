@@ -17,7 +17,7 @@ import torch
 from nbval.plugin import get_sanitize_patterns
 from scipy import stats
 
-from lib.companion import contents, provenance, start, tables, verdicts
+from lib.companion import contents, plots, provenance, start, tables, verdicts
 from lib.companion.profiles import PROFILES, cases_of
 from lib.evaluate.spread import Spread
 from lib.system.errors import CompanionError
@@ -91,6 +91,17 @@ def test_a_notebook_may_change_fields_of_a_profile(begin):
     asked = begin(changes=changes, dataset="digits")  # goes first; the other fields hold
     assert asked.cases == (("digits", 1),) and asked.profile.sets == 4
     assert begin(changes={"overnight": {"sets": 9}}).profile == PROFILES["cpu"]
+
+
+def test_a_figure_never_takes_the_place_of_another_one(begin, monkeypatch):
+    run = begin()
+    fig = plots.curves({"a": torch.arange(3.0)})
+    run.save_figure(fig, "loss", "Loss on digits IPC 1.", see="It falls.")
+    run.save_figure(fig, "loss", "Loss on digits IPC 1.", see="It falls, slowly.")  # the cell was run again
+    with pytest.raises(CompanionError, match="figure 'loss' is of 'Loss on digits IPC 1.' already"):
+        run.save_figure(fig, "loss", "Loss on digits IPC 10.", see="It falls.")
+    monkeypatch.setenv("COMPANION_BARS", "1")  # somebody watches, and edits
+    run.save_figure(fig, "loss", "Loss of DM on digits IPC 1.", see="It falls.")
 
 
 def test_every_profile_but_the_first_look_is_long(begin):

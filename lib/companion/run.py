@@ -226,12 +226,15 @@ class Run:
             caption: what the figure shows, for those who do not see it.
             see: one sentence: what a reader should see in it. It holds no measured number, which would differ between machines.
         Raises:
-            CompanionError: no such sentence.
+            CompanionError: no such sentence, or the name is that of another figure of the run.
         """
         from lib.companion.theme import save_png
 
         if not see.strip().endswith("."):
             raise CompanionError(f"figure {name!r} needs one sentence that says what to see, not {see!r}")
+        before = self.saved["figures"].get(name, {}).get("caption", caption)
+        if before != caption and not self.bars:  # whoever works in a notebook edits captions and runs the cell again
+            raise CompanionError(f"figure {name!r} is of {before!r} already; that of {caption!r} would replace it")
         png = self._new("figures", self.figures, name, ".png")
         save_png(fig, png, dict(self.cases))
         self.saved["figures"][name] |= {"caption": caption, "see": see, "thumbnail": thumbnail}

@@ -212,7 +212,9 @@ _SCRIPTS = "released scripts"
 _CHOSEN = "pixel rate chosen among three or more by a fifth of the training images"
 RECIPES = Recipes(
     small("digits", _DIGITS),
+    small("digits", replace(_DIGITS, iterations=100), ipc=10, source=_CHOSEN),
     small("fashion14", _DEEP, source=_CHOSEN),
+    small("fashion14", replace(_DEEP, lr=100.0), ipc=10, source=_CHOSEN),
     small("digits", _BY_DM, variant="on DM", source=_CHOSEN),
     small("fashion14", _BY_DM_DEEP, variant="on DM", source=_CHOSEN),
     small("photos16 photos32", _PHOTOS),
