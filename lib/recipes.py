@@ -136,8 +136,8 @@ class Recipes:
         try:
             return self.named(train.name, ipc, variant)
         except CompanionError:
-            mine = [row for row in self if row.small and row.variant == variant]
+            mine = [row for row in self if row.small and row.variant == variant and row.ipc in (None, ipc)]
             if not train.small or not mine:
                 raise
-        nearest = min(mine, key=lambda row: (abs(SIDES[row.data] - train.size), SIDES[row.data]))
+        nearest = min(mine, key=lambda row: (abs(SIDES[row.data] - train.size), SIDES[row.data], row.ipc is None))
         return replace(nearest, source=f"the small settings of {nearest.data} ({nearest.source})")

@@ -189,3 +189,14 @@ def test_a_first_step(name, variant, row, pictures):
     run = distill(method, train, 1, 0)
     assert run.history["loss"].isfinite().all() and len(run.history["loss"]) == 1
     assert torch.isfinite(run.synset.codes).all()
+
+
+@pytest.mark.parametrize("name", ("dc", "dsa", "dream_dc", "lcmat_c"))
+def test_ten_images_a_class_take_fewer_networks(toy, name):
+    """Ten matching steps a network and fifty epochs between two of them: as many networks as for one image would take hours."""
+    table = recipes(name)
+    for data in ("digits", "fashion14"):
+        one, ten = table.named(data, 1).method, table.named(data, 10).method
+        assert one.outer >= 40 and ten == replace(one, outer=12) and ten.total_steps(10) == 120
+    # images of another name take the row of the nearest size that is meant for their number
+    assert [table.find(toy.train, ipc).method.outer for ipc in (1, 2, 10)] == [table.named("digits").method.outer] * 2 + [12]

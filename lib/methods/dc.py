@@ -254,10 +254,13 @@ FEW = {
     "init": "real",
 }  # at IPC 10, where a network costs ten matching steps
 CUT = "few of 1000 networks, a quarter of real batch and width: the distance sums over channels, so four times the rate"
+FEWER = "a tenth to a third of the networks of IPC 1: each costs ten matching steps here, with fifty epochs between them"
 _COMMANDS = "section 3.1 and the published commands"
 RECIPES = Recipes(
     small("digits", _DIGITS),
     small("fashion14", _FASHION),
+    small("digits", replace(_DIGITS, outer=12), ipc=10, source=FEWER),
+    small("fashion14", replace(_FASHION, outer=12), ipc=10, source=FEWER),
     small("photos16 photos32", _PHOTOS),
     two_cores(replace(_NARROW, outer=200), ipc=1, source=CUT),
     two_cores(replace(_NARROW, **FEW), ipc=10, source=f"{CUT}; epochs cut, from real images"),

@@ -144,6 +144,7 @@ def _on_dc(data: str, ipc: int | None, sampler: Representative) -> DreamDC:
 
 DREAM_DC = Recipes(
     *(small(data, _on_dc(data, None, _OFTEN)) for data in ("digits", "fashion14", "photos16", "photos32")),
+    *(small(data, _on_dc(data, 10, _OFTEN), ipc=10, source=dc.FEWER) for data in ("digits", "fashion14")),
     published("mnist", (1, 10, 50), _on_dc("mnist", 10, Representative()), "dc-mnist", "DC's settings, DREAM's sampler"),
     published(
         "fashionmnist svhn cifar10", (1, 10, 50), _on_dc("cifar10", 10, Representative()), "dc", "DC's settings, DREAM's sampler"

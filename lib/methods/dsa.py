@@ -36,6 +36,8 @@ _NARROW = DSA(lr=0.4, real_batch=64, network="convnet-d3-w32")
 RECIPES = Recipes(
     small("digits", _DIGITS),
     small("fashion14", _FASHION),
+    small("digits", replace(_DIGITS, outer=12), ipc=10, source=dc.FEWER),
+    small("fashion14", replace(_FASHION, outer=12), ipc=10, source=dc.FEWER),
     small("photos16 photos32", _PHOTOS),
     two_cores(replace(_NARROW, outer=200), ipc=1, source=dc.CUT),
     two_cores(replace(_NARROW, **dc.FEW), ipc=10, source=f"{dc.CUT}; epochs cut"),

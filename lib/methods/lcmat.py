@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lib.match.curvature import CurvatureGap
 from lib.match.gradient import Gap, RowCosine
-from lib.methods import dsa
+from lib.methods import dc, dsa
 from lib.methods.selection import RESNET, SMALL_PROXIES, ProxySelection
 from lib.recipes import Recipes, published, small
 from lib.select.pair_cost import curvature_coordinates, pair_cost
@@ -103,6 +103,10 @@ _OURS = "DSA's settings, rho and the form of the curvature ours: a reconstructio
 LCMAT_C = Recipes(
     small("digits", _lcmat_c(dsa.RECIPES.named("digits").method, 1.0, "diag", outer=40)),
     small("fashion14", _lcmat_c(dsa.RECIPES.named("fashion14").method, 1.0, "diag")),
+    *(
+        small(data, _lcmat_c(dsa.RECIPES.named(data, 10).method, 1.0, "diag"), ipc=10, source=dc.FEWER)
+        for data in ("digits", "fashion14")
+    ),
     small("photos16 photos32", _lcmat_c(dsa.RECIPES.named("photos16").method, 1.0, "diag")),
     published("cifar10 cifar100", 1, _lcmat_c(dsa.DSA(), kind="diag"), "dsa", _OURS),
     published("cifar10 cifar100", (10, 50), _lcmat_c(dsa.DSA()), "dsa", _OURS),
