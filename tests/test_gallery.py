@@ -345,11 +345,12 @@ MEASURE = """() => {
     sideways: document.documentElement.scrollWidth - innerWidth,
     broken: shown.filter(image => !image.naturalWidth).map(image => image.src),
     beyond: beyond.map(one => one.parentElement.textContent),
+    spilled: [...document.querySelectorAll("article td")].filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.textContent),
     unread: document.querySelectorAll("mjx-merror, [data-mjx-error], mjx-container [fill=red]").length,
     raw: [...document.querySelectorAll(".math")].filter(one => !one.querySelector("mjx-container")).length,
   };
 }"""
-WELL = {"sideways": 0, "broken": [], "beyond": [], "unread": 0, "raw": 0}
+WELL = {"sideways": 0, "broken": [], "beyond": [], "spilled": [], "unread": 0, "raw": 0}
 
 
 @needs_browser
@@ -434,11 +435,13 @@ def test_the_browser_test_notices_what_it_looks_for(committed, browser, tmp_path
     bad.write_text(
         '<body><img src="none.png"><script>nosuch()</script><p style="width:900px">wide</p><span class="math">x</span>'
         f'<script src="{(committed / "_static/tex-svg.js").as_uri()}"></script>'
+        '<article><table><tr><td style="max-width:4em;white-space:nowrap">longer than its cell</td></tr></table></article>'
         r"<p>\(\nosuchcommand\) and \(\frac{1}\)</p></body>"
     )
     window = _Watched(browser, PHONE)
     found = window.open(bad).evaluate(MEASURE)
     assert found["sideways"] > 400 and found["broken"] and found["raw"] == 1 and found["unread"] >= 2
+    assert found["spilled"] == ["longer than its cell"]
     assert "nosuch is not defined" in "".join(window.wrong) and "none.png" in "".join(window.wrong)
 
 
