@@ -35,15 +35,9 @@ CHECK = verdicts.judge_check("the loss falls in every run", True)
 LATER = verdicts.judge_untested("DM scales", "section 4.2", "CIFAR-10")
 
 
-def _written(root):
-    table = evidence.renewed(root)
-    evidence.tables.write_csv(table, evidence.path_under(root))
-    return table
-
-
 def test_a_line_has_claim_source_and_numbers_apart(ran):
     ran("20_dm", CLAIM, CHECK, LATER)
-    _written(ran.root)
+    evidence.write(ran.root)
     first, second, third = evidence.stored(ran.root).to_dict("records")
     assert (first["claim"], first["source"], first["outcome"]) == (CLAIM.text, CLAIM.source, "confirmed")
     assert first["numbers"] == CLAIM.shown and first["numbers"].startswith("86.0 ± 1.0 (n=3) against 64.0")
@@ -54,11 +48,11 @@ def test_a_line_has_claim_source_and_numbers_apart(ran):
 def test_a_run_renews_its_own_rows_and_leaves_the_others(ran):
     ran("20_dm", CLAIM, CHECK)
     ran("30_dsa", CHECK)
-    before = _written(ran.root)
+    before = evidence.write(ran.root)
     (ran.root / "results/overnight/30_dsa/run.json").unlink()
     ran("20_dm", CHECK)
     ran("12_dc", LATER)
-    after = _written(ran.root)
+    after = evidence.write(ran.root)
     assert list(before["notebook"]) == ["20_dm", "20_dm", "30_dsa"]
     assert list(zip(after["notebook"], after["outcome"], strict=True)) == [
         ("12_dc", "not tested here"),
@@ -71,7 +65,7 @@ def test_the_counts_say_what_the_longer_profile_found(ran):
     record = {"20_dm": {"verdicts": [{"outcome": "confirmed"}]}}
     assert "overnight" not in readme.counts(record, evidence.stored(ran.root))
     ran("20_dm", CLAIM, CHECK, LATER)
-    told = readme.counts(record, _written(ran.root)).split("\n\n")[1]
+    told = readme.counts(record, evidence.write(ran.root)).split("\n\n")[1]
     assert "run for 1 of the notebooks: of 2 claims" in told
     assert "1 are confirmed, 1 are not tested here; of 1 checks (identities, costs, sanity), 1 hold." in told
 

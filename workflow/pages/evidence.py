@@ -24,17 +24,20 @@ def path_under(root: Path) -> Path:
     return root / "results" / RUN / "verdicts.csv"
 
 
-def rows_of(record: dict) -> list[dict]:
+def read_records(folder: Path) -> dict[str, dict]:
+    """``run.json`` of every notebook of a run, by its name."""
+    paths = sorted(folder.glob("*/run.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def rows_of(notebook: str, record: dict) -> list[dict]:
     """A row for every verdict of a ``run.json``."""
-    rows = []
+    rows, commit = [], record["git"]["commit"]
     for one in record["verdicts"]:
-        row = {"notebook": record["notebook"], "outcome": one["outcome"], "claim": one["text"]}
-        brackets = (
-            one["said"].removeprefix(one["text"]).removeprefix(f" ({one['source']})")
-        )  # " [numbers]", or nothing
-        rows.append(
-            row | {"source": one["source"], "numbers": brackets[2:-1], "commit": record["git"]["commit"]}
-        )
+        text, source = one["text"], one["source"]
+        brackets = one["said"].removeprefix(text).removeprefix(f" ({source})")  # " [numbers]", or nothing
+        values = (notebook, one["outcome"], text, source, brackets[2:-1], commit)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
@@ -46,21 +49,23 @@ def stored(root: Path = ROOT) -> pd.DataFrame:
 
 def renewed(root: Path) -> pd.DataFrame:
     """The table with the rows of the runs that are there."""
-    paths = sorted((root / "results" / RUN).glob("*/run.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    before = stored(root)
-    kept = before[~before["notebook"].isin([record["notebook"] for record in found])]
-    new = pd.DataFrame([row for record in found for row in rows_of(record)], columns=COLUMNS)
+    records, before = read_records(root / "results" / RUN), stored(root)
+    kept = before[~before["notebook"].isin(list(records))]
+    new = pd.DataFrame([row for pair in records.items() for row in rows_of(*pair)], columns=COLUMNS)
     return pd.concat([kept, new], ignore_index=True).sort_values("notebook", kind="stable", ignore_index=True)
 
 
+def write(root: Path) -> pd.DataFrame:
+    """Bring the table up to date, and return it."""
+    table = renewed(root)
+    tables.write_csv(table, path_under(root))
+    return table
+
+
 def main() -> int:
-    """Write the table."""
-    table = renewed(ROOT)
-    tables.write_csv(table, path_under(ROOT))
-    print(
-        f"{path_under(ROOT).relative_to(ROOT)}: {len(table)} verdicts of {table['notebook'].nunique()} notebooks"
-    )
+    """Write the table and say how much is in it."""
+    table, place = write(ROOT), path_under(ROOT).relative_to(ROOT)
+    print(f"{place}: {len(table)} verdicts of {table['notebook'].nunique()} notebooks")
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -58,7 +57,7 @@ def rewritten(text: str, blocks: dict[str, Callable[[], str]]) -> str:
 
 def writers(root: Path) -> dict[str, Callable[[], str]]:
     """Block -> what writes it, from the results under ``root``."""
-    records = read_records(root / "results" / RUN)
+    records = evidence.read_records(root / "results" / RUN)
     frame = tables.read_tables(root / "results")
     frame = frame[frame["run"] == RUN]
     return {
@@ -68,12 +67,6 @@ def writers(root: Path) -> dict[str, Callable[[], str]]:
         "notebooks": lambda: notebooks(records),
         "rooms": lambda: rooms(root / "lib"),
     }
-
-
-def read_records(folder: Path) -> dict[str, dict]:
-    """``run.json`` of every notebook, by its name."""
-    paths = sorted(folder.glob("*/run.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 # -- counts ---------------------------------------------------------------------------------------------------------------
@@ -91,23 +84,22 @@ def counts(records: dict[str, dict], overnight: pd.DataFrame) -> str:
     papers = {entry.paper for entry in METHODS.values() if entry.paper}
     first = (
         f"{len(METHODS)} methods of {len(papers)} papers, {len(records)} notebooks. "
-        f"{outcomes(one for record in records.values() for one in record['verdicts'])} All are reported with their numbers."
+        f"Of {outcomes(one for record in records.values() for one in record['verdicts'])} All are reported with their numbers."
     )
     if overnight.empty:
         return first
     run, lines = overnight["notebook"].nunique(), evidence.path_under(Path()).as_posix()
     told = outcomes(overnight.to_dict("records"))
-    longer = f"The profile `{evidence.RUN}`, run for {run} of the notebooks: {told[0].lower()}{told[1:]} [Every line]({lines})."
-    return f"{first}\n\n{longer}"
+    return f"{first}\n\nThe profile `{evidence.RUN}`, run for {run} of the notebooks: of {told} [Every line]({lines})."
 
 
 def outcomes(judged: Iterable[Mapping]) -> str:
-    """``Of 419 claims of the papers, 161 are confirmed, ...; of 118 checks ..., 100 hold.``"""
+    """``420 claims of the papers that they name, 161 are confirmed, ...; of 118 checks ..., 100 hold.``"""
     found = verdicts.tally(judged)
     claims = ", ".join(f"{found[outcome]} are {outcome}" for outcome in verdicts.CLAIMS if found[outcome])
     named, checks = (sum(map(found.get, kind)) for kind in (verdicts.CLAIMS, verdicts.CHECKS))
     return (
-        f"Of {named} claims of the papers that they name, {claims}; of {checks} checks (identities, costs, sanity), "
+        f"{named} claims of the papers that they name, {claims}; of {checks} checks (identities, costs, sanity), "
         f"{found[verdicts.HOLDS]} hold."
     )
 
